@@ -1,0 +1,551 @@
+"""Retrofit a Llama with DMC, from nothing to a table, on a laptop: `python train.py`.
+
+Five phases, each of which starts from the weights that an earlier one left behind:
+
+    pretrain   a small plain Llama learns the text: the model that somebody hands you
+    free       Eq. 12 fades the control channels out of the scores; then the rows that feed them are set to zero
+    retrofit   decisions are on, and the target CR rises linearly from 1; at each whole CR a copy of the weights is kept
+    solidify   each kept copy trains on at its fixed CR while the learning rate decays
+    control    the pretrained model trained for as many further steps without compression, to compare with
+
+Everything is written to --out: `run.json` (the settings), `metrics.jsonl` (a line per step), `state.pt` (what --resume
+needs), a folder of weights per model, and `summary.json` (the final table).
+"""
+
+import argparse
+import json
+import math
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+import zlib
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import dmc
+from dmc import Config, InputError, Tokenizer, write_atomically
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+def setting(laptop, help, paper=None, **argument):
+    """A field of Settings that is also a flag. paper: the value for Llama 2 7B, where it differs from the laptop's."""
+    argument["help"] = f"{help} [{laptop}" + (f"; paper: {paper}]" if paper is not None else "]") if laptop else help
+    return field(default=laptop, metadata={"paper": laptop if paper is None else paper, "argument": argument})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a run. The defaults suit the small model; `--preset paper` takes the paper's (section 4)."""
+    data: list = setting(None, "text files in UTF-8 [the sources of Python's standard library]", nargs="+", metavar="FILE")
+    seed: int = setting(0, "seed of the weights, the order of the data and the decisions' noise [0]")
+    layers: int = setting(4, "L, layers", 32)
+    heads: int = setting(4, "H, query heads", 32)
+    kv_heads: int = setting(4, "G, key-value heads; divides H", 32)
+    dim: int = setting(128, "width of the residual stream; H divides it", 4096)
+    ffn_dim: int = setting(384, "width of the MLP", 11008)
+    context: int = setting(128, "tokens per training sequence, and positions of the model", 4096)
+    batch: int = setting(16, "sequences per step", 1024)
+    pretrain_steps: int = setting(600, "steps of pretraining")
+    free_steps: int = setting(60, "n of Eq. 12: steps over which the control channels fade", 250)
+    retrofit_steps: int = setting(300, "steps over which the target CR rises from 1 to --cr", 18000)
+    solidify_steps: int = setting(100, "steps at a fixed CR while the learning rate decays", 2000)
+    cr: float = setting(4.0, "the compression ratio to reach")
+    keep: list = setting(None, "CRs at which a model is kept and solidified [2, 3, ... and --cr]", type=float, nargs="+",
+                         metavar="CR")
+    pretrain_lr: float = setting(3e-3, "peak learning rate of pretraining, a cosine to 10%%")
+    lr: float = setting(1e-3, "learning rate of the other phases: constant, then in solidify a cosine to 10%%", 3e-5)
+    channel_lr_factor: float = setting(10.0, "how much larger the steps of the control channels' projection rows are", 1.0)
+    cr_weight: float = setting(2.0, "weight of the compression loss; Eq. 11 has 1", 1.0)
+    window: int = setting(12, "w: tokens that an average covers at most; 0: the whole segment")
+    tau: float = setting(0.4, "temperature of Eq. 8", 0.1)
+    c: float = setting(5.0, "offset of Eq. 8")
+    warmup: int = setting(10, "steps over which each phase's learning rate rises from 0; 0: none")
+    weight_decay: float = setting(0.1, "AdamW's weight decay, on matrices")
+    beta2: float = setting(0.95, "AdamW's second beta; the first is 0.9")
+    eps: float = setting(1e-8, "AdamW's epsilon", 1e-5)
+    clip: float = setting(1.0, "largest norm of the gradient")
+    eval_sequences: int = setting(256, "validation sequences behind each figure of the final table")
+    save_every: int = setting(50, "steps from one saved state to the next")
+    log_every: int = setting(20, "steps from one line on the screen to the next")
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+                raise InputError(f"{flag(f.name)} is {value}; give a number that is not negative.")
+        may_be_zero = {"seed", "pretrain_steps", "channel_lr_factor", "cr_weight", "window", "c", "warmup", "weight_decay"}
+        for f in fields(self):
+            if getattr(self, f.name) == 0 and f.name not in may_be_zero:
+                raise InputError(f"{flag(f.name)} is 0; give a number above 0.")
+        if self.beta2 >= 1:
+            raise InputError(f"--beta2 is {self.beta2}; give a number below 1.")
+        if self.cr < 1:
+            raise InputError(f"--cr is {self.cr:g}; a compression ratio is at least 1.")
+        if not all(1 <= cr <= self.cr for cr in self.kept()):
+            raise InputError(f"--keep {' '.join(f'{cr:g}' for cr in self.keep)} leaves the range from 1 to --cr {self.cr:g}.")
+        self.config(dmc=True)     # raises where the sizes contradict each other
+
+    def kept(self):
+        """The CRs that the run yields a model of, in rising order."""
+        return sorted(set(self.keep)) if self.keep else [float(cr) for cr in range(2, math.ceil(self.cr))] + [self.cr]
+
+    def config(self, dmc):
+        """The model's Config. dmc False: the plain Llama of pretraining and of the control."""
+        return Config(vocab_size=Tokenizer.bytes().vocab_size, n_layer=self.layers, n_head=self.heads,
+                      n_kv_head=self.kv_heads, dim=self.dim, ffn_dim=self.ffn_dim, max_seq_len=self.context, dmc=dmc,
+                      window=self.window or None, tau=self.tau, c=self.c)
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+def standard_library():
+    """The Python sources of the interpreter that runs this, without its test suites: about 12 MB everywhere."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    return sorted(f for f in root.rglob("*.py") if not skip & set(f.relative_to(root).parts))
+
+
+def read_text(path):
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); check --data.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text; convert it or leave it out of --data.") from None
+
+
+def load_data(settings):
+    """The text as tokens: train and validation, one array each. Whole files are set aside for validation, about 1 in 20,
+    picked by a fixed seed; of a single file, its last twentieth. An end-of-text token stands after every file."""
+    tokenizer = Tokenizer.bytes()
+    files = settings.data or standard_library()
+    if not files:
+        raise InputError("this Python has no sources of its standard library; give text files with --data.")
+    documents = [np.array(tokenizer.encode(read_text(f)) + [tokenizer.eos], dtype=np.uint16) for f in files]
+    if len(documents) == 1:
+        cut = len(documents[0]) * 19 // 20
+        train, val = documents[0][:cut], documents[0][cut:]
+    else:
+        order = np.random.default_rng(0).permutation(len(documents))
+        held_out = max(1, len(documents) // 20)
+        val, train = (np.concatenate([documents[i] for i in part]) for part in (order[:held_out], order[held_out:]))
+    for name, tokens in (("training", train), ("validation", val)):
+        if len(tokens) <= settings.context:
+            raise InputError(f"the {name} text has {len(tokens)} tokens, and one sequence takes {settings.context + 1}; "
+                             "give more text with --data or a smaller --context.")
+    return train, val
+
+
+def batch(tokens, settings, position, device):
+    """The batch at a position of the data: sequences from random places, the same ones for every model that gets there.
+    Returns inputs and targets, (B, T) each."""
+    rng = np.random.default_rng([settings.seed, position])
+    starts = rng.integers(0, len(tokens) - settings.context, settings.batch)
+    x = torch.from_numpy(np.stack([tokens[i:i + settings.context + 1] for i in starts]).astype(np.int64)).to(device)
+    return x[:, :-1], x[:, 1:]
+
+
+# ------------------------------------------------------------------------------------------------ phases
+
+@dataclass(frozen=True)
+class Phase:
+    """steps of training that turn the weights in folder `start` into those in folder `out`."""
+    name: str
+    start: str | None                # None: random weights
+    out: str | None                  # None: only what it keeps on the way
+    steps: int
+    position: int                    # where in the data it starts: as many steps as the start's weights have seen
+    decay: int                       # the last steps, over which the learning rate falls to 10%
+    lr: float
+    dmc: bool = True
+    fade: bool = False               # Eq. 12
+    cr: tuple | None = None          # target CR before the first step and after the last
+    keep: dict = field(default_factory=dict)    # step -> folder
+
+    def learning_rate(self, step, warmup):
+        left = min(1.0, (self.steps - step) / self.decay) if self.decay else 1.0
+        return self.lr * min(1.0, (step + 1) / max(1, warmup)) * (0.1 + 0.9 * (1 - math.cos(math.pi * left)) / 2)
+
+    def target(self, step):
+        """The target CR at a step, or None where nothing is decided."""
+        return self.cr and self.cr[0] + (self.cr[1] - self.cr[0]) * (step + 1) / self.steps
+
+
+def plan(s):
+    """The phases of a run, in order."""
+    free_at, retrofit_at = s.pretrain_steps, s.pretrain_steps + s.free_steps
+    reach = {cr: max(1, round(s.retrofit_steps * (cr - 1) / max(s.cr - 1, 1e-9))) for cr in s.kept()}
+    phases = [
+        Phase("pretrain", None, "pretrained", s.pretrain_steps, 0, s.pretrain_steps, s.pretrain_lr, dmc=False),
+        Phase("free", "pretrained", "freed", s.free_steps, free_at, 0, s.lr, fade=True),
+        Phase("retrofit", "freed", None, s.retrofit_steps, retrofit_at, 0, s.lr, cr=(1.0, s.cr),
+              keep={step: f"retrofit-{cr:g}" for cr, step in reach.items()}),
+    ]
+    for cr, step in reach.items():
+        phases.append(Phase("solidify", f"retrofit-{cr:g}", f"cr{cr:g}", s.solidify_steps, retrofit_at + step,
+                            s.solidify_steps, s.lr, cr=(cr, cr)))
+    phases.append(Phase("control", "pretrained", "control", s.free_steps + s.retrofit_steps + s.solidify_steps, free_at,
+                        s.solidify_steps, s.lr, dmc=False))
+    return phases
+
+
+# ------------------------------------------------------------------------------------------------ one step
+
+def compression_term(alpha, phase, step):
+    """Eq. 10 against the target CR. In solidify, beyond the paper's one-sided loss, the batch is held to the target from
+    both sides: a short retrofit overshoots by several percent, and the LM loss alone is slow to bring it back."""
+    cr = phase.target(step)
+    if phase.name != "solidify":
+        return dmc.compression_loss(alpha, cr)
+    alpha = alpha.transpose(1, 2).flatten(2).unsqueeze(1)         # (L, B, G, T) -> (L, 1, G B T): the batch as one
+    merged = 1 - 1 / cr
+    return dmc.compression_loss(alpha, cr) + (alpha.mean() - merged).clamp(min=0)
+
+
+def new_optimizer(model, s):
+    """AdamW; decay on matrices only. The learning rate is set at each step."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [dict(params=matrices, weight_decay=s.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, betas=(0.9, s.beta2), eps=s.eps, fused=True)
+
+
+def control_rows(model):
+    """Views of the projections' rows that feed the control channels, (heads, dim) each."""
+    return [p.weight.detach()[::model.config.head_dim] for layer in model.layers
+            for p in (layer.self_attn.q_proj, layer.self_attn.k_proj)]
+
+
+def train_step(model, optimizer, phase, step, inputs, targets, s):
+    """One update. Returns the LM loss in nats per token and the CR that the noisy decisions reached, or None."""
+    lr = phase.learning_rate(step, s.warmup)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    gain = dmc.channel_gain(step + 1, phase.steps) if phase.fade else None
+    logits, alpha = model(inputs, noise=True, gain=gain)
+    lm_loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    loss = lm_loss if alpha is None else lm_loss + s.cr_weight * compression_term(alpha, phase, step)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+    rows = control_rows(model) if alpha is not None else []
+    before = [row.clone() for row in rows]
+    optimizer.step()
+    for row, old in zip(rows, before):
+        row.copy_(torch.lerp(old, row, s.channel_lr_factor))
+    return lm_loss.item(), None if alpha is None else 1 / (1 - alpha.detach()).mean().item()
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+def pooling_cache(base, every):
+    """A Cache that averages every `every` tokens with equal weights, whatever the model decides (appendix E)."""
+    class PoolingCache(base):
+        def attend(self, layer, q, k, v, alpha=None, omega=None):
+            at = torch.arange(self.seen[layer], self.seen[layer] + q.size(2), device=q.device)
+            alpha = (at % every > 0).float().expand(k.shape[:3]).clone()
+            return super().attend(layer, q, k, v, alpha, torch.ones_like(alpha))
+    return PoolingCache
+
+
+@torch.no_grad()
+def evaluate(model, tokens, s, cache_class=None):
+    """Loss in nats per token over validation sequences, through the real cache (parallel prefill), the CR there, and the
+    CR of every layer and head, (L, G)."""
+    T, device = s.context, next(model.parameters()).device
+    starts = np.random.default_rng(1).permutation((len(tokens) - 1) // T)[:s.eval_sequences] * T
+    losses, slots = [], []
+    for part in np.split(starts, range(32, len(starts), 32)):
+        x = torch.from_numpy(np.stack([tokens[i:i + T + 1] for i in part]).astype(np.int64)).to(device)
+        cache = (cache_class or model.Cache)(model.config, len(part), device)
+        logits, _ = model(x[:, :-1], cache)
+        losses.append(F.cross_entropy(logits.transpose(1, 2), x[:, 1:], reduction="none").mean(1))
+        slots.append(cache.lengths.transpose(0, 1))
+    slots = torch.cat(slots).double()
+    return torch.cat(losses).double().mean().item(), (T / slots.mean()).item(), (T / slots.mean(0)).tolist()
+
+
+# ------------------------------------------------------------------------------------------------ a run
+
+class Run:
+    """A run in its folder: trains the phases in order, can stop after any step and go on from the last saved state."""
+
+    def __init__(self, settings, out):
+        self.settings, self.out = settings, Path(out)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.train_tokens, self.val_tokens = load_data(settings)
+        self.phases = plan(settings)
+        self.stop = False
+        self.seconds = 0.0           # of all sittings
+        self.pace = {}               # decided or not -> [steps, seconds], of this sitting
+
+    # --- files
+
+    def begin(self):
+        """Claim the folder; a run that is already there is never touched."""
+        if (self.out / "run.json").exists():
+            raise InputError(f"{self.out} already holds a run; add --resume to continue it, or choose another --out.")
+        self.write_json("run.json", self.facts())
+        self.execute(0, 0, None)
+
+    def facts(self):
+        return {"settings": asdict(self.settings), "train_tokens": len(self.train_tokens),
+                "text": zlib.crc32(self.train_tokens) ^ zlib.crc32(self.val_tokens)}
+
+    def resume(self):
+        """Go on from the last saved state, or from the start where nothing was saved yet."""
+        if read_json(self.out / "run.json")["text"] != self.facts()["text"]:
+            raise InputError(f"the text is not the one that {self.out} was trained on; restore it, or start a new run.")
+        path = self.out / "state.pt"
+        if not path.exists():
+            return self.execute(0, 0, None)
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as error:      # torch raises many kinds for a damaged file
+            raise InputError(f"{path} is damaged ({type(error).__name__}); start a new run.") from None
+        self.seconds = state["seconds"]
+        self.execute(state["phase"], state["step"], state)
+
+    def write_json(self, name, value):
+        write_atomically(self.out / name, lambda f: f.write_text(json.dumps(value, indent=2) + "\n"))
+
+    def save_state(self, phase, step, model=None, optimizer=None):
+        state = {"phase": phase, "step": step, "seconds": self.seconds}
+        if model is not None:
+            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+        write_atomically(self.out / "state.pt", lambda f: torch.save(state, f))
+
+    def save_model(self, model, folder, **facts):
+        dmc.save(model, self.out / folder, tokenizer="bytes", seed=self.settings.seed, **facts)
+
+    # --- training
+
+    def execute(self, first, step, state):
+        """All phases from `first` on, that one from `step` and `state` on; then the table."""
+        self.trim_metrics(first, step)
+        with open(self.out / "metrics.jsonl", "a", buffering=1) as self.metrics:
+            for index in range(first, len(self.phases)):
+                self.train(index, step, state)
+                step, state = 0, None
+        self.report()
+
+    def train(self, index, step, state):
+        """One phase from a step on: from its start's weights, or in mid-phase from the saved state."""
+        phase, s = self.phases[index], self.settings
+        torch.manual_seed(s.seed * 1000 + index)
+        if phase.start is None:
+            model = dmc.Transformer(s.config(phase.dmc)).to(self.device)
+        else:
+            model = dmc.load(self.out / phase.start, device=self.device, dmc=phase.dmc)
+        optimizer = new_optimizer(model, s)
+        if state and "model" in state:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["rng"].cpu())
+        while step < phase.steps:
+            began = time.perf_counter()
+            x, y = batch(self.train_tokens, s, phase.position + step, self.device)
+            loss, cr = train_step(model, optimizer, phase, step, x, y, s)
+            if not math.isfinite(loss):
+                raise InputError(f"the loss is {loss} at step {step} of {phase.name}; lower the learning rate.")
+            self.clock(phase.dmc, time.perf_counter() - began)
+            self.record(index, step, loss, cr)
+            step += 1
+            if step in phase.keep:
+                self.save_model(model, phase.keep[step], phase=phase.name, target_cr=phase.target(step - 1))
+            if step < phase.steps and (self.stop or step % s.save_every == 0):
+                self.save_state(index, step, model, optimizer)
+            self.stop_if_asked()
+        if phase.fade:
+            model.clear_control_rows()
+        if phase.out:
+            self.save_model(model, phase.out, phase=phase.name, target_cr=phase.cr and phase.cr[1])
+        self.save_state(index + 1, 0)
+        self.stop_if_asked()
+
+    def stop_if_asked(self):
+        if self.stop:
+            raise KeyboardInterrupt
+
+    def clock(self, decided, seconds):
+        self.seconds += seconds
+        steps, total = self.pace.get(decided, (0, 0.0))
+        self.pace[decided] = steps + 1, total + seconds
+
+    def seconds_left(self, index, step):
+        """What the pace so far promises; a step with decisions counts as 1.7 plain ones until one was timed."""
+        def per_step(decided):
+            for known, factor in ((decided, 1.0), (not decided, 1.7 if decided else 1 / 1.7)):
+                if known in self.pace:
+                    return self.pace[known][1] / self.pace[known][0] * factor
+        return sum((phase.steps - (step + 1 if i == index else 0)) * per_step(phase.dmc)
+                   for i, phase in enumerate(self.phases) if i >= index)
+
+    # --- what is written and shown
+
+    def record(self, index, step, loss, cr):
+        """A line of metrics.jsonl for every step, and now and then one on the screen with the mean loss since the last."""
+        phase, s = self.phases[index], self.settings
+        entry = {"index": index, "phase": phase.name, "step": step, "loss": loss, "target_cr": phase.target(step), "cr": cr,
+                 "lr": phase.learning_rate(step, s.warmup)}
+        self.metrics.write(json.dumps(entry) + "\n")
+        self.recent.append(loss)
+        if (step + 1) % s.log_every == 0 or step + 1 == phase.steps:
+            tokens_per_second = s.batch * s.context / (self.pace[phase.dmc][1] / self.pace[phase.dmc][0])
+            left = self.seconds_left(index, step)
+            if step < s.log_every or (step + 1) // s.log_every % 20 == 0:
+                print(f"{'phase':<12}{'step':>11}{'loss':>8}{'target':>8}{'CR':>7}{'lr':>10}{'tokens/s':>10}{'left':>7}")
+            name = phase.name + (f" {phase.cr[1]:g}" if phase.name == "solidify" else "")
+            ratios = f"{entry['target_cr']:8.2f}{cr:7.2f}" if cr else f"{'-':>8}{'-':>7}"
+            print(f"{name:<12}{step + 1:>6}/{phase.steps:<4}{np.mean(self.recent):8.4f}{ratios}{entry['lr']:10.1e}"
+                  f"{tokens_per_second:10,.0f}{left // 60:4.0f}:{left % 60:02.0f}", flush=True)
+            self.recent = []
+
+    def trim_metrics(self, index, step):
+        """Drop the lines of steps that are trained again, so that the curve has each step once."""
+        path = self.out / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+        kept = [line for line in lines if (line["index"], line["step"]) < (index, step)]
+        self.recent = [line["loss"] for line in kept if line["index"] == index and line["step"] >= step - step % self.settings.log_every]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_atomically(path, lambda f: f.write_text(text))
+
+    def measure(self, folder, cache=None):
+        self.stop_if_asked()
+        model = dmc.load(self.out / folder, device=self.device)
+        return evaluate(model, self.val_tokens, self.settings, cache and pooling_cache(model.Cache, cache))
+
+    def report(self):
+        """Measure every model through its cache, print the table and the heat map, write summary.json."""
+        began = time.perf_counter()
+        summary = {"pretrained": self.measure("pretrained")[0], "control": self.measure("control")[0], "dmc": []}
+        for cr in self.settings.kept():
+            loss, reached, heads = self.measure(f"cr{cr:g}")
+            pooled = self.measure("control", cache=max(1, round(reached)))[0]
+            summary["dmc"].append({"target": cr, "cr": reached, "loss": loss, "pooling": pooled, "heads": heads})
+        self.seconds += time.perf_counter() - began
+        summary |= {"seconds": self.seconds, "settings": asdict(self.settings), **provenance()}
+        self.write_json("summary.json", summary)
+        print(table(summary))
+        print(heat_map(summary["dmc"][-1]["heads"]))
+        print(f"\n{self.seconds:.0f} s. Everything is in {self.out}. Next: python generate.py")
+
+
+def provenance():
+    """What stands behind a figure: command, commit, versions, device."""
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+    cpu = next((line.split(":")[1].strip() for line in read_lines("/proc/cpuinfo") if line.startswith("model name")),
+               platform.processor())
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, {torch.get_num_threads()} threads"
+    return {"command": shlex.join(["python", *sys.argv]), "commit": git.stdout.strip() or None, "device": device,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+
+
+def table(summary):
+    """The final table as text: validation loss in nats per byte, and its distance to the control."""
+    rows = [("pretrained", 1.0, summary["pretrained"]), ("control, trained on without compression", 1.0, summary["control"])]
+    for entry in summary["dmc"]:
+        rows.append((f"DMC {entry['target']:g}x", entry["cr"], entry["loss"]))
+        rows.append((f"control, every {round(entry['cr'])} tokens averaged", float(round(entry["cr"])), entry["pooling"]))
+    lines = [f"\n{'validation, through the cache':<42}{'CR':>6}{'nats/byte':>11}{'to control':>12}"]
+    return "\n".join(lines + [f"{name:<42}{cr:6.2f}{loss:11.4f}{loss - summary['control']:+12.4f}" for name, cr, loss in rows])
+
+
+def heat_map(heads):
+    """The CR of every layer (row) and head (column); the darker, the more a head merges."""
+    shade = lambda cr: " ░▒▓█"[min(4, int(math.log2(max(cr, 1.0)) + 0.5))]
+    lines = ["\nCR of each layer and head (shades: 1, 2, 4, 8, 16 and more)"]
+    lines.append("layer " + "".join(f"{'head ' + str(h):>9}" for h in range(len(heads[0]))))
+    return "\n".join(lines + [f"{i:5} " + "".join(f" {shade(cr) * 2}{cr:6.1f}" for cr in row) for i, row in enumerate(heads)])
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+def read_lines(path):
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        raise InputError(f"{path} is missing or damaged; there is no run to continue there.") from None
+
+
+def runs_by_number():
+    return sorted((p for p in Path("runs").glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; see --help.")
+
+
+def parse(argv):
+    """Returns the flags that were given, as a dict, and the namespace of those that are no setting."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--out", type=Path, help="folder of the run [runs/1, or the next number that is free]")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out, or the newest one")
+    parser.add_argument("--preset", choices=["laptop", "paper"], default="laptop",
+                        help="which defaults: the small model's, or the paper's for Llama 2 7B, as given in brackets")
+    for f in fields(Settings):
+        argument = {"type": f.type if f.type in (int, float) else None, **f.metadata["argument"]}
+        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, **argument)
+    options = vars(parser.parse_args(argv))
+    run = argparse.Namespace(**{name: options.pop(name) for name in ("out", "resume", "preset")})
+    return options, run
+
+
+def open_run(argv):
+    """The Run that the command line asks for, and the function that carries it out."""
+    given, options = parse(argv)
+    if not options.resume:
+        defaults = {f.name: f.metadata["paper"] for f in fields(Settings)} if options.preset == "paper" else {}
+        numbers = [int(p.name) for p in runs_by_number()]
+        run = Run(Settings(**{**defaults, **given}), options.out or Path("runs") / str(max(numbers, default=0) + 1))
+        return run, run.begin
+    out = options.out or next(reversed(runs_by_number()), None)
+    if out is None:
+        raise InputError("there is no run to resume in runs; give its folder with --out.")
+    saved = read_json(out / "run.json")["settings"]
+    for name, value in given.items():
+        if saved[name] != value:
+            raise InputError(f"{flag(name)} was {saved[name]} when {out} began; resume without it, or start a new run.")
+    run = Run(Settings(**saved), out)
+    return run, run.resume
+
+
+def main(argv=None):
+    torch.set_flush_denormal(True)      # products of many small alphas are denormal, which CPUs are slow at
+    try:
+        run, carry_out = open_run(argv)
+        signal.signal(signal.SIGINT, lambda *_: setattr(run, "stop", True))
+        try:
+            carry_out()
+        except KeyboardInterrupt:
+            print(f"\nStopped, and saved. To go on: python train.py --resume --out {shlex.quote(str(run.out))}")
+            return 130
+        return 0
+    except InputError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
