@@ -285,7 +285,8 @@ class Cache:
             raise InputError(f"{self.seen[layer] + T} tokens do not fit the model's {self.config.max_seq_len} "
                              "positions; give a shorter prompt or generate fewer tokens.")
         if alpha is None:
-            alpha, omega = torch.zeros_like(wide(k[..., 0])), torch.ones_like(wide(k[..., 0]))
+            alpha, omega = torch.zeros_like(k[..., 0]), torch.ones_like(k[..., 0])
+        omega = omega.to(self.open_omega.dtype)
         if self.seen[layer] == 0 and T > 1:
             return self._prefill(layer, q, k, v, alpha, omega)
         tokens = zip(*(x.split(1, dim=2) for x in (q, k, v, alpha, omega)))
@@ -536,8 +537,22 @@ class Tokenizer:
         return cls(tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks={bytes([i]): i for i in range(256)},
                                      special_tokens={"<|endoftext|>": 256}), eos=256)
 
+    @classmethod
+    def from_folder(cls, path):
+        """The tokenizer of a checkpoint, by what its config.json says. Raises InputError where it names none."""
+        try:
+            name = json.loads((Path(path) / "config.json").read_text()).get("tokenizer")
+        except (OSError, ValueError):
+            raise InputError(f"{path} holds no readable config.json; give the folder of a checkpoint.") from None
+        if name != "bytes":
+            raise InputError(f"{path} names no tokenizer that is known here; write it with train.py.")
+        return cls.bytes()
+
     def encode(self, text):
         return self.encoding.encode_ordinary(text)
+
+    def token_bytes(self, ids):
+        return self.encoding.decode_bytes(ids)
 
     def decode(self, ids):
         """Bytes that are no UTF-8, as in half a character, become U+FFFD."""

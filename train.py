@@ -118,13 +118,14 @@ def standard_library():
     return sorted(f for f in root.rglob("*.py") if not skip & set(f.relative_to(root).parts))
 
 
-def read_text(path):
+def read_text(path, source="--data"):
+    """The text in a file that the flag `source` named."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); check --data.") from None
+        raise InputError(f"{path} cannot be read ({error.strerror}); check {source}.") from None
     except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text; convert it or leave it out of --data.") from None
+        raise InputError(f"{path} is not UTF-8 text; convert it, or leave it out of {source}.") from None
 
 
 def load_data(settings):

@@ -1,0 +1,974 @@
+"""Properties of the method, of the runs and of the command lines: pytest + hypothesis.
+
+The oracles stand first. They are written from the paper's text, token by token, in numpy and fp64, and share no code
+with what they check.
+"""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import dmc
+import generate
+import train
+from dmc import Cache, Config, InputError, Transformer
+
+HERE = Path(__file__).parent
+settings.register_profile("dmc", deadline=None, max_examples=25, derandomize=True,
+                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+settings.load_profile("dmc")
+torch.set_num_threads(2)
+
+
+# ------------------------------------------------------------------------------------------------ oracles
+
+def literal_accumulate(x, alpha, omega, window):
+    """Eq. 9 of one head, literally. x (T, D), alpha, omega (T,). With a window each token runs the recurrence anew,
+    from an empty state, over the last `window` tokens."""
+    out = np.zeros_like(x)
+    for t in range(len(x)):
+        first = 0 if window is None else max(0, t - window + 1)
+        z, mean = 0.0, np.zeros(x.shape[1])
+        for i in range(first, t + 1):
+            z_new = alpha[i] * z + omega[i]
+            mean = (alpha[i] * z * mean + omega[i] * x[i]) / z_new
+            z = z_new
+        out[t] = mean
+    return out
+
+
+def literal_rotate(x, position, theta):
+    """Rotary embedding of one vector, as a multiplication of complex numbers."""
+    half = len(x) // 2
+    turned = (x[:half] + 1j * x[half:]) * np.exp(1j * position * theta ** (-2 * np.arange(half) / len(x)))
+    return np.concatenate([turned.real, turned.imag])
+
+
+def literal_attention(query, keys, values):
+    scores = np.array([query @ key for key in keys]) / math.sqrt(len(query))
+    weights = np.exp(scores - scores.max())
+    return weights @ np.array(values) / weights.sum()
+
+
+def literal_algorithm1(q, k, v, alpha, omega, window, theta, silent=True):
+    """Algorithm 1 of one key-value head. q (R, T, D): the R query heads of its group; k, v (T, D); alpha in {0, 1}.
+
+    A segment is a list of tokens; its slot is the weighted average over the last `window` of them, rotated at the latest.
+    Returns the outputs (R, T, D) and the number of slots.
+    """
+    def rotated(x, position):
+        x = x.copy()
+        x[0] *= not silent
+        x = literal_rotate(x, position, theta)
+        x[0] *= not silent
+        return x
+
+    R, T, D = q.shape
+    segments, out = [], np.zeros_like(q)
+    for t in range(T):
+        if t > 0 and alpha[t] == 1:
+            segments[-1].append(t)
+        else:
+            segments.append([t])
+        recent = [s if window is None else s[-window:] for s in segments]
+        average = lambda x: [(omega[s][:, None] * x[s]).sum(0) / omega[s].sum() for s in recent]
+        keys = [rotated(key, s[-1]) for key, s in zip(average(k), recent, strict=True)]
+        for r in range(R):
+            out[r, t] = literal_attention(rotated(q[r, t], t), keys, average(v))
+    return out, len(segments)
+
+
+def literal_llama(model, tokens):
+    """Logits (T, vocab) of a plain Llama for one sequence, from the weights alone."""
+    w = {name: p.detach().double().numpy() for name, p in model.state_dict().items()}
+    c = model.config
+    norm = lambda x, weight: x / np.sqrt((x ** 2).mean(-1, keepdims=True) + c.norm_eps) * weight
+    x = w["embed_tokens.weight"][tokens]
+    for i in range(c.n_layer):
+        part = lambda name, i=i: w[f"layers.{i}.{name}.weight"]
+        h = norm(x, part("input_layernorm"))
+        q, k, v = ((h @ part(f"self_attn.{n}_proj").T).reshape(len(tokens), -1, c.head_dim) for n in "qkv")
+        y = np.zeros_like(q)
+        for head in range(c.n_head):
+            g = head // (c.n_head // c.n_kv_head)
+            keys = [literal_rotate(k[t, g], t, c.rope_theta) for t in range(len(tokens))]
+            for t in range(len(tokens)):
+                y[t, head] = literal_attention(literal_rotate(q[t, head], t, c.rope_theta), keys[:t + 1], v[:t + 1, g])
+        x = x + y.reshape(len(tokens), -1) @ part("self_attn.o_proj").T
+        h = norm(x, part("post_attention_layernorm"))
+        gate = h @ part("mlp.gate_proj").T
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ part("mlp.up_proj").T)) @ part("mlp.down_proj").T
+    return norm(x, w["norm.weight"]) @ w["lm_head.weight"].T
+
+
+# ------------------------------------------------------------------------------------------------ drawn inputs
+
+windows = st.sampled_from([None, 1, 2, 3, 12, 100])
+lengths = st.sampled_from([1, 2, 3, 7, 13, 17, 30])
+groups = st.sampled_from([(4, 4), (3, 1), (8, 2), (6, 2), (1, 1)])      # (H, G): groups of 1, 3, 4, 3, 1
+seeds = st.integers(0, 10_000)
+
+
+def config_of(heads=(4, 4), window=12, **changes):
+    H, G = heads
+    return Config(**{**dict(vocab_size=29, n_layer=2, n_head=H, n_kv_head=G, dim=4 * H, head_dim=8, ffn_dim=24, max_seq_len=64,
+                            window=window, c=0.5), **changes})
+
+
+def qkv(seed, heads, T, B=2, D=8, merge=None):
+    """Random q, k, v, decisions in {0, 1} and importances, fp64. merge: the probability of a merge."""
+    H, G = heads
+    rng = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(B, n, T, D, generator=rng, dtype=torch.float64) for n in (H, G, G))
+    merge = torch.rand((), generator=rng).item() if merge is None else merge
+    alpha = (torch.rand(B, G, T, generator=rng) < merge).double()
+    alpha[..., 0] = 0
+    return q, k, v, alpha, torch.rand(B, G, T, generator=rng, dtype=torch.float64) + 0.01
+
+
+def model_of(seed, heads=(4, 4), window=12, **changes):
+    """A Transformer in fp64 whose weights are large enough that decisions and attention vary."""
+    torch.manual_seed(seed)
+    model = Transformer(config_of(heads, window, **changes)).double()
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.5)
+    return model
+
+
+def parallel_form(q, k, v, alpha, omega, config):
+    """The training form on decisions that are given: Eq. 9, rotation, the mask."""
+    k, v = dmc.accumulate(k, v, alpha, omega, config.window)
+    cos, sin = (x[:q.size(2)] for x in dmc.rotary_table(config))
+    return dmc.attend(dmc.rotate_heads(q, cos, sin, 0.0), dmc.rotate_heads(k, cos, sin, 0.0), v, torch.log1p(-alpha))
+
+
+def through_cache(model, tokens, split, **kwargs):
+    """Logits of a model whose cache takes the tokens in portions of the given sizes."""
+    cache = model.Cache(model.config, len(tokens), dtype=torch.float64)
+    return torch.cat([model(part, cache, **kwargs)[0] for part in tokens.split(split, dim=1)], dim=1), cache
+
+
+def assert_close(a, b, tolerance=1e-9):
+    assert a.shape == b.shape and (a - b).abs().max().item() < tolerance
+
+
+# ------------------------------------------------------------------------------------------------ Eq. 8
+
+@given(seeds, st.floats(-3, 8), st.sampled_from([0.1, 0.4, 1.0]))
+def test_decision_is_eq8(seed, logit, tau):
+    config = config_of(tau=tau, c=5.0)
+    torch.manual_seed(seed)
+    x = torch.full((1, 1, 20_001), logit)
+    alpha, keep = dmc.relaxed_decision(x, config, noise=True)
+    # sigmoid((logit - c + logistic noise) / tau) > 1/2 where the logistic sample exceeds c - logit
+    p = 1 / (1 + math.exp(5.0 - logit))
+    assert abs((alpha[..., 1:] > 0.5).double().mean().item() - p) < 5 * math.sqrt(p * (1 - p) / 20_000)
+    inside = alpha.double() < 0.99
+    assert_close(torch.log1p(-alpha.double())[inside], keep.double()[inside], 1e-4)
+    hard, hard_keep = dmc.relaxed_decision(x, config, noise=False)
+    assert (hard[..., 1:] == float(logit > 5.0)).all()
+    assert (hard_keep[..., 1:] == (-math.inf if logit > 5.0 else 0.0)).all()
+    for first in (alpha, keep, hard, hard_keep):
+        assert (first[..., 0] == 0).all()
+    assert (dmc.relaxed_decision(x, config, noise=False, start=False)[0] == float(logit > 5.0)).all()
+
+
+def test_first_decision_has_no_gradient_and_the_others_the_analytic_one():
+    logit = torch.tensor([[[9.0, 4.8, 5.3]]], requires_grad=True, dtype=torch.float64)
+    config = config_of(c=5.0)
+    torch.manual_seed(0)
+    alpha, keep = dmc.relaxed_decision(logit, config, noise=True)
+    slope = torch.autograd.grad(alpha.sum(), logit, retain_graph=True)[0]
+    expected = alpha * (1 - alpha) / config.tau
+    assert slope[..., 0] == 0 and torch.allclose(slope, expected.detach(), rtol=1e-9)
+    slope = torch.autograd.grad(keep.sum(), logit)[0]
+    assert slope[..., 0] == 0 and torch.allclose(slope[..., 1:], (-alpha / config.tau).detach()[..., 1:], rtol=1e-9)
+
+
+@given(seeds, groups, lengths)
+def test_importance_is_the_sigmoid_of_the_groups_mean(seed, heads, T):
+    q = qkv(seed, heads, T)[0]
+    H, G = heads
+    omega = dmc.importance(q[..., 0], G)
+    for g in range(G):
+        mean = q[:, g * H // G:(g + 1) * H // G, :, 0].numpy().mean(axis=1)
+        assert_close(omega[:, g], torch.from_numpy(1 / (1 + np.exp(-mean))))
+
+
+@pytest.mark.parametrize("extreme", [1e4, -1e4, 50.0, -50.0, 0.0])
+@pytest.mark.parametrize("window", [None, 3])
+def test_extreme_logits_give_finite_values_and_gradients(extreme, window):
+    torch.manual_seed(0)
+    config = config_of(window=window)
+    q, k, v = (torch.randn(2, 4, 9, 8, requires_grad=True) for _ in range(3))
+    logit = (torch.randn(2, 4, 9) + extreme).requires_grad_()
+    weight = (torch.randn(2, 4, 9) * 10 - abs(extreme)).requires_grad_()
+    for noise in (True, False):
+        alpha, keep = dmc.relaxed_decision(logit, config, noise)
+        omega = dmc.importance(weight, 4)
+        y = dmc.attend(q, *dmc.accumulate(k, v, alpha, omega, window), keep)
+        loss = y.square().sum() + dmc.compression_loss([alpha], 4)
+        grads = torch.autograd.grad(loss, [q, k, v, weight] + ([logit] if noise else []))
+        assert all(x.isfinite().all() for x in (y, *grads))
+    cache = Cache(config, 2)
+    hard = dmc.relaxed_decision(logit, config, noise=False)[0]
+    assert all(cache.attend(0, *(x[:, :, t:t + 1] for x in (q, k, v, hard, omega))).isfinite().all() for t in range(9))
+
+
+# ------------------------------------------------------------------------------------------------ Eq. 9
+
+@given(seeds, lengths, windows)
+def test_accumulate_is_the_literal_recurrence(seed, T, window):
+    _, k, v, alpha, omega = qkv(seed, (3, 3), T)
+    alpha = torch.rand_like(alpha)
+    alpha[..., 0] = 0
+    k_mean, v_mean = dmc.accumulate(k, v, alpha, omega, window)
+    for b, g in np.ndindex(2, 3):
+        for x, mean in ((k, k_mean), (v, v_mean)):
+            expected = literal_accumulate(x[b, g].numpy(), alpha[b, g].numpy(), omega[b, g].numpy(), window)
+            assert_close(mean[b, g], torch.from_numpy(expected), 1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 5, 12])
+@pytest.mark.parametrize("binary", [False, True])
+def test_accumulate_gradients(window, binary):
+    _, k, v, alpha, omega = qkv(3, (2, 2), 6, B=1, D=4, merge=0.5)
+    alpha = alpha if binary else torch.rand_like(alpha)
+    inputs = [x.requires_grad_() for x in (k, v, alpha, omega)]
+    assert torch.autograd.gradcheck(lambda *x: dmc.accumulate(*x, window), inputs)
+
+
+@given(seeds, lengths, st.integers(1, 6))
+def test_window_equals_exact_where_no_segment_is_longer(seed, T, window):
+    _, k, v, alpha, omega = qkv(seed, (2, 2), T)
+    alpha[..., ::window] = 0
+    for a, b in zip(dmc.accumulate(k, v, alpha, omega, window), dmc.accumulate(k, v, alpha, omega), strict=True):
+        assert_close(a, b, 1e-12)
+
+
+@given(seeds, lengths, windows, st.sampled_from([1e-20, 1e-3, 1e6]))
+def test_scaling_all_importances_changes_nothing(seed, T, window, factor):
+    _, k, v, alpha, omega = qkv(seed, (2, 2), T)
+    for a, b in zip(dmc.accumulate(k, v, alpha, omega, window), dmc.accumulate(k, v, alpha, factor * omega, window),
+                    strict=True):
+        assert_close(a, b, 1e-12)
+
+
+@given(seeds, lengths, windows)
+def test_merging_identical_keys_and_values_changes_nothing(seed, T, window):
+    q, k, v, alpha, omega = qkv(seed, (2, 2), T)
+    segment = (1 - alpha).cumsum(-1).long() - 1
+    same = [x.gather(2, segment[..., None].expand_as(x)) for x in (k, v)]
+    for a, b in zip(dmc.accumulate(*same, alpha, omega, window), same, strict=True):
+        assert_close(a, b, 1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 12])
+def test_accumulate_keeps_the_dtype_and_sums_in_fp32(window):
+    """bf16 in, bf16 out, at the cost of one rounding: half a unit in the last place of fp32 sums."""
+    _, k, v, alpha, omega = qkv(0, (2, 2), 40, merge=0.9)
+    exact = dmc.accumulate(k.bfloat16().double(), v.bfloat16().double(), alpha, omega.float().double(), window)
+    half = dmc.accumulate(k.bfloat16(), v.bfloat16(), alpha.float(), omega.float(), window)
+    for a, b in zip(half, exact, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert ((a.double() - b).abs() <= b.abs() * 2 ** -8 * 1.01 + 1e-6).all()
+
+
+# ------------------------------------------------------------------------------------------------ appendix F, Eq. 10, 12
+
+@given(seeds, lengths)
+def test_mask_entries(seed, T):
+    keep = -torch.rand(1, 2, T, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    mask = dmc.dmc_mask(keep)
+    for i, j in np.ndindex(T, T):
+        expected = -math.inf if j > i else 0.0 if j == i else keep[0, 0, j + 1].item()
+        assert mask[0, 0, i, j].item() == expected
+
+
+@given(seeds, groups, lengths)
+def test_no_merges_is_plain_causal_attention(seed, heads, T):
+    q, k, v, _, omega = qkv(seed, heads, T)
+    zeros = torch.zeros_like(omega)
+    k_same, v_same = dmc.accumulate(k, v, zeros, omega, 12)
+    assert_close(dmc.attend(q, k_same, v_same, zeros), dmc.attend(q, k, v))
+
+
+def test_compression_loss_value_and_gradient():
+    alpha = torch.rand(3, 2, 4, 10, dtype=torch.float64, requires_grad=True)
+    kept = [1 - alpha.detach()[:, b].numpy().mean() for b in range(2)]
+    for cr in (1.0, 1.5, 2.0, 4.0, 100.0):
+        expected = np.mean([max(0.0, x - 1 / cr) for x in kept])
+        loss = dmc.compression_loss(alpha, cr)
+        assert abs(loss.item() - expected) < 1e-12
+        assert abs(dmc.compression_loss(list(alpha), cr).item() - expected) < 1e-12
+        slope = torch.autograd.grad(loss, alpha)[0]
+        for b in range(2):
+            assert_close(slope[:, b], torch.full_like(slope[:, b], -float(kept[b] > 1 / cr) / (2 * 3 * 4 * 10)))
+    at_target = torch.tensor([0.0, 1.0]).repeat(3, 2, 4, 5)
+    assert dmc.compression_loss(at_target, 2.0).item() == 0
+    assert dmc.compression_loss(at_target, 1.9).item() == 0
+    assert dmc.compression_loss(at_target, 2.1).item() > 0
+
+
+def test_channel_gain_is_eq12():
+    assert [dmc.channel_gain(s, 4) for s in range(6)] == [1, 0.75, 0.5, 0.25, 0, 0]
+
+
+@given(seeds, groups, windows)
+def test_control_channels_act_only_through_alpha_and_omega(seed, heads, window):
+    config = config_of(heads, window)
+    q, k, v, alpha, omega = qkv(seed, heads, 11)
+    reference, other = Cache(config, 2, dtype=torch.float64), Cache(config, 2, dtype=torch.float64)
+    y = parallel_form(q, k, v, alpha, omega, config)
+    z = reference.attend(0, q, k, v, alpha, omega)
+    q[..., 0], k[..., 0] = 1e3, -1e3
+    assert_close(parallel_form(q, k, v, alpha, omega, config), y)
+    assert_close(other.attend(0, q, k, v, alpha, omega), z)
+
+
+@given(seeds, groups)
+def test_faded_channels_are_invisible_and_full_ones_are_not(seed, heads):
+    model = model_of(seed, heads)
+    tokens = torch.randint(0, 29, (2, 9))
+    faded, full = model(tokens, gain=0.0)[0], model(tokens, gain=1.0)[0]
+    with torch.no_grad():
+        for row in train.control_rows(model):
+            row.normal_()
+    assert_close(model(tokens, gain=0.0)[0], faded)
+    assert (model(tokens, gain=1.0)[0] - full).abs().max() > 1e-6
+    model.clear_control_rows()
+    assert_close(model(tokens, gain=1e-9)[0], faded, 1e-6)      # Eq. 12 has no jump at its end
+
+
+# ------------------------------------------------------------------------------------------------ Algorithm 1
+
+@given(seeds, groups, lengths, windows)
+def test_cache_and_parallel_form_are_algorithm1(seed, heads, T, window):
+    config = config_of(heads, window)
+    q, k, v, alpha, omega = qkv(seed, heads, T)
+    cache = Cache(config, 2, dtype=torch.float64)
+    stepwise = torch.cat([cache.attend(1, *(x[:, :, t:t + 1] for x in (q, k, v, alpha, omega))) for t in range(T)], dim=2)
+    parallel = parallel_form(q, k, v, alpha, omega, config)
+    H, G = heads
+    for b, g in np.ndindex(2, G):
+        group = slice(g * H // G, (g + 1) * H // G)
+        y, slots = literal_algorithm1(*(x.numpy() for x in (q[b, group], k[b, g], v[b, g], alpha[b, g], omega[b, g])),
+                                      window, config.rope_theta)
+        assert_close(stepwise[b, group], torch.from_numpy(y))
+        assert_close(parallel[b, group], torch.from_numpy(y))
+        assert cache.lengths[1, b, g] == slots == (1 - alpha[b, g]).sum()
+    assert (cache.lengths[0] == 0).all()
+
+
+@given(seeds, groups, lengths, windows, st.lists(st.integers(1, 9), min_size=1, max_size=5))
+def test_any_split_into_portions_equals_one_by_one(seed, heads, T, window, portions):
+    config = config_of(heads, window)
+    inputs = qkv(seed, heads, T)
+    one_by_one, split = Cache(config, 2, dtype=torch.float64), Cache(config, 2, dtype=torch.float64)
+    portions = [min(n, T) for n in portions] + [T]
+    starts = np.minimum(np.cumsum([0, *portions]), T)
+    y = [[cache.attend(0, *(x[:, :, a:b] for x in inputs)) for a, b in zip(cuts[:-1], cuts[1:], strict=True) if b > a]
+         for cache, cuts in ((one_by_one, np.arange(T + 1)), (split, starts))]
+    assert_close(torch.cat(y[0], dim=2), torch.cat(y[1], dim=2))
+    assert (one_by_one.lengths == split.lengths).all()
+    for b, g in np.ndindex(2, heads[1]):
+        n = split.lengths[0, b, g]
+        assert_close(one_by_one.keys[0][b, g, :n], split.keys[0][b, g, :n])
+        assert_close(one_by_one.values[0][b, g, :n], split.values[0][b, g, :n])
+
+
+@given(seeds, groups, lengths, windows)
+def test_all_merges_leave_one_slot(seed, heads, T, window):
+    config = config_of(heads, window)
+    q, k, v, _, omega = qkv(seed, heads, T)
+    for split in (1, T):
+        cache = Cache(config, 2, dtype=torch.float64)
+        for part in zip(*(x.split(split, dim=2) for x in (q, k, v, torch.ones_like(omega), omega)), strict=True):
+            y = cache.attend(0, *part)
+        assert (cache.lengths[0] == 1).all()
+        expected = dmc.accumulate(k, v, torch.ones_like(omega), omega, window)[1][:, :, -1]
+        assert_close(y[:, :, -1], expected.repeat_interleave(heads[0] // heads[1], dim=1))
+
+
+@given(seeds, lengths)
+def test_cache_counts_slots_and_bytes(seed, T):
+    config = config_of((8, 2), n_layer=1)
+    q, k, v, alpha, omega = (x.float() for x in qkv(seed, (8, 2), T))
+    cache = Cache(config, 2)
+    assert cache.compression_ratio == 1.0 and cache.bytes.used == 0
+    cache.attend(0, q, k, v, alpha, omega)
+    slots = (1 - alpha).sum().item()
+    assert cache.compression_ratio == pytest.approx(alpha.numel() / slots)
+    assert cache.bytes.used == slots * 2 * 8 * 4
+    longest = (1 - alpha).sum(-1).max().item() if T > 1 else 32     # a single token already makes room for more
+    state = 2 * 2 * 12 * (2 * 8 + 1) * 4                        # k, v, omega of the last 12 tokens, B = G = 2
+    assert cache.bytes.allocated == 2 * 2 * longest * 2 * 8 * 4 + state
+    for _ in range(5):
+        cache.attend(0, *(x[:, :, -1:] for x in (q, k, v, alpha, omega)))
+    assert cache.bytes.used <= cache.bytes.allocated - state
+
+
+# ------------------------------------------------------------------------------------------------ the whole model
+
+@given(seeds, groups, st.booleans(), st.sampled_from([1, 2, 11]))
+def test_without_decisions_it_is_a_plain_llama(seed, heads, tied, T):
+    model = model_of(seed, heads, dmc=False, tie_embeddings=tied, rope_theta=500.0)
+    tokens = torch.randint(0, 29, (2, T))
+    logits, alpha = model(tokens)
+    assert alpha is None
+    cached, cache = through_cache(model, tokens, 4)
+    for b in range(2):
+        expected = torch.from_numpy(literal_llama(model, tokens[b].numpy()))
+        assert_close(logits[b], expected, 1e-9 * expected.abs().max())
+        assert_close(cached[b], expected, 1e-9 * expected.abs().max())
+    assert (cache.lengths == T).all() and cache.compression_ratio == 1
+
+
+@given(seeds, groups, lengths, windows, st.integers(1, 8))
+def test_central_claim_for_the_models_own_decisions(seed, heads, T, window, split):
+    """With alpha in {0, 1} the training form equals the cache, for every position of the whole model."""
+    model = model_of(seed, heads, window)
+    tokens = torch.randint(0, 29, (2, T))
+    logits, alpha = model(tokens)
+    for portions in (1, split):
+        cached, cache = through_cache(model, tokens, portions)
+        assert_close(cached, logits, 1e-9)
+        assert (cache.lengths == (1 - alpha).sum(-1)).all()
+    assert T < 13 or 0.05 < alpha.mean() < 0.95
+
+
+@given(seeds, groups, lengths, windows, st.integers(1, 8), st.floats(0, 1))
+def test_central_claim_for_random_decisions(seed, heads, T, window, split, merge):
+    model = model_of(seed, heads, window)
+    L, G = model.config.n_layer, heads[1]
+    script = (torch.rand(L, 2, G, T, generator=torch.Generator().manual_seed(seed)) < merge).double()
+    script[..., 0] = 0
+
+    def scripted():
+        done = [0] * L
+
+        def decide(logit, config, noise, start=True):
+            layer = done.index(min(done))                        # layers are asked in turn
+            at = slice(done[layer], done[layer] + logit.size(-1))
+            done[layer] = at.stop
+            return script[layer, ..., at], torch.log1p(-script[layer, ..., at])
+        return decide
+
+    tokens = torch.randint(0, 29, (2, T))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dmc, "relaxed_decision", scripted())
+        logits, alpha = model(tokens)
+        assert (alpha == script).all()
+        patch.setattr(dmc, "relaxed_decision", scripted())
+        cached, cache = through_cache(model, tokens, split)
+    assert_close(cached, logits, 1e-9)
+    assert (cache.lengths == (1 - script).sum(-1)).all()
+
+
+@given(seeds, groups, windows, st.integers(1, 15))
+def test_a_later_token_never_changes_an_earlier_output(seed, heads, window, at):
+    model = model_of(seed, heads, window)
+    tokens = torch.randint(0, 29, (1, 16))
+    changed = tokens.clone()
+    changed[:, at:] = (changed[:, at:] + 1 + torch.randint(0, 27, (16 - at,))) % 29
+    for noise in (False, True):
+        logits = []
+        for x in (tokens, changed):
+            torch.manual_seed(seed)                              # the same noise for both
+            logits.append(model(x, noise=noise)[0][:, :at])
+        assert_close(*logits)
+
+
+def test_every_parameter_learns_from_both_losses():
+    model = model_of(0, (8, 2), c=0.0, tau=1.0)
+    tokens = torch.randint(0, 29, (2, 12))
+    logits, alpha = model(tokens, noise=True)
+    (F.cross_entropy(logits.flatten(0, 1), tokens.flatten()) + dmc.compression_loss(alpha, 8)).backward()
+    assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in model.parameters())
+    for row in (p.grad[::8] for layer in model.layers for p in (layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight)):
+        assert row.abs().sum() > 0
+
+
+def test_misuse_is_refused():
+    model = model_of(0)
+    with pytest.raises(InputError, match="65 tokens do not fit"):
+        model(torch.zeros(1, 65, dtype=torch.long))
+    cache = Cache(model.config, 1, dtype=torch.float64)
+    model(torch.zeros(1, 60, dtype=torch.long), cache)
+    with pytest.raises(InputError, match="positions"):
+        model(torch.zeros(1, 5, dtype=torch.long), cache)
+    for bad in (dict(noise=True), dict(gain=1.0), dict(gain=0.5)):
+        with pytest.raises(ValueError, match="a cache works with"):
+            model(torch.zeros(1, 1, dtype=torch.long), cache, **bad)
+
+
+@pytest.mark.parametrize("bad", [dict(n_kv_head=3), dict(dim=30, head_dim=None), dict(head_dim=7), dict(n_layer=0),
+                                 dict(window=0), dict(tau=0.0), dict(head_dim=2)])
+def test_impossible_configurations_are_refused(bad):
+    with pytest.raises(InputError):
+        config_of(**bad)
+
+
+# ------------------------------------------------------------------------------------------------ files and text
+
+@given(st.text())
+def test_byte_tokenizer_round_trip(text):
+    tokenizer = dmc.Tokenizer.bytes()
+    ids = tokenizer.encode(text)
+    assert bytes(ids) == text.encode() and tokenizer.decode(ids) == text and tokenizer.eos not in ids
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_save_and_load_are_bit_exact(tmp_path, tied):
+    model = Transformer(config_of((8, 2), window=None, tie_embeddings=tied))
+    dmc.save(model, tmp_path / "a", tokenizer="bytes", note=1)
+    again = dmc.load(tmp_path / "a")
+    assert again.config == model.config
+    tokens = torch.randint(0, 29, (2, 9))
+    assert torch.equal(again(tokens)[0], model(tokens)[0])
+    assert json.loads((tmp_path / "a/config.json").read_text())["note"] == 1
+    assert dmc.Tokenizer.from_folder(tmp_path / "a").vocab_size == 257
+    assert dmc.load(tmp_path / "a", dmc=False).config.dmc is False
+
+
+@pytest.mark.parametrize("dies_in", ["save_file", "os.replace", "second file"])
+def test_a_kill_during_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch, dies_in):
+    old, new = Transformer(config_of()), Transformer(config_of(n_layer=1))
+    dmc.save(old, tmp_path)
+
+    def half_a_file(weights, path, metadata):
+        Path(path).write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    if dies_in == "save_file":
+        monkeypatch.setattr(dmc, "save_file", half_a_file)
+    elif dies_in == "os.replace":
+        monkeypatch.setattr(dmc.os, "replace", die)
+    else:
+        monkeypatch.setattr(Path, "write_text", die)
+    with pytest.raises(KeyboardInterrupt):
+        dmc.save(new, tmp_path)
+    monkeypatch.undo()
+    survivor = new if dies_in == "second file" else old          # whole, either way
+    loaded = dmc.load(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), survivor.parameters(), strict=True))
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    path = tmp_path / "f"
+    path.write_text("old")
+
+    def full(temporary):
+        temporary.write_text("new")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match="No space left"):
+        dmc.write_atomically(path, full)
+    assert path.read_text() == "old"
+
+
+@given(st.integers(0, 10 ** 6), st.integers(0, 255))
+def test_damaged_checkpoints_are_refused_in_a_sentence(tmp_path_factory, at, byte):
+    folder = tmp_path_factory.mktemp("damaged")
+    dmc.save(Transformer(config_of(n_layer=1)), folder)
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    header = 8 + int.from_bytes(data[:8], "little")
+    file.write_bytes(data[:at % len(data)])
+    with pytest.raises(InputError, match="truncated"):
+        dmc.load(folder)
+    if data[at % header] != byte:
+        data[at % header] = byte                                 # a flipped byte in the header: refused, or harmless
+        file.write_bytes(data)
+        try:
+            dmc.load(folder)
+        except InputError as error:
+            assert "\n" not in str(error)
+
+
+def test_checkpoint_of_another_shape_is_refused(tmp_path):
+    model = Transformer(config_of(n_layer=1))
+    model.lm_head = torch.nn.Linear(16, 28, bias=False)
+    dmc.save(model, tmp_path)
+    with pytest.raises(InputError, match="lm_head.weight"):
+        dmc.load(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+TINY = ["--layers", "1", "--heads", "2", "--kv-heads", "1", "--dim", "8", "--ffn-dim", "8", "--context", "16", "--batch", "2",
+        "--pretrain-steps", "6", "--free-steps", "3", "--retrofit-steps", "5", "--solidify-steps", "3", "--cr", "3",
+        "--keep", "2", "3", "--eval-sequences", "4", "--save-every", "4", "--log-every", "3", "--warmup", "2"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text("\n".join(f"{i} times {i + 1} is {i * (i + 1)}, as everyone knows." for i in range(300)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, text):
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    assert train.main(["--out", str(out), "--data", text, *TINY]) == 0
+    return out
+
+
+def curve(out):
+    return (Path(out) / "metrics.jsonl").read_text()
+
+
+def summary(out):
+    return {key: value for key, value in json.loads((Path(out) / "summary.json").read_text()).items()
+            if key not in ("seconds", "command")}
+
+
+def test_a_run_yields_its_models_and_its_table(finished, capsys):
+    result = json.loads((finished / "summary.json").read_text())
+    assert [entry["target"] for entry in result["dmc"]] == [2, 3]
+    for entry in result["dmc"]:
+        assert 1 <= entry["cr"] <= 16 and math.isfinite(entry["loss"]) and len(entry["heads"]) == 1
+    assert result["seconds"] > 0 and result["versions"]["torch"] == torch.__version__
+    entries = [json.loads(line) for line in curve(finished).splitlines()]
+    steps = {"pretrain": 6, "free": 3, "retrofit": 5, "solidify": 6, "control": 11}
+    assert {name: sum(e["phase"] == name for e in entries) for name in steps} == steps
+    assert [e["target_cr"] for e in entries if e["phase"] == "retrofit"] == pytest.approx([1.4, 1.8, 2.2, 2.6, 3.0])
+    assert train.main(["--out", str(finished), "--resume"]) == 0          # a finished run only shows its table again
+    shown = capsys.readouterr().out
+    assert "DMC 3x" in shown and "head 0" in shown and "control" in shown
+    assert not dmc.load(finished / "control").config.dmc and dmc.load(finished / "cr2").config.dmc
+
+
+@given(died_at=st.integers(0, 30), again_at=st.integers(0, 30))
+@settings(max_examples=4)
+def test_resume_is_bit_identical(tmp_path_factory, finished, text, died_at, again_at):
+    """Die before any step, twice; the curve, the weights and the table come out as if nothing had happened."""
+    out = tmp_path_factory.mktemp("killed") / "run"
+    arguments = ["--out", str(out)]
+    step = train.train_step
+    for at in (died_at, again_at):
+        with pytest.MonkeyPatch.context() as patch:
+            calls = iter(range(100))
+
+            def dying_step(*args, at=at, calls=calls):
+                if next(calls) == at:
+                    raise RuntimeError("power cut")
+                return step(*args)
+
+            patch.setattr(train, "train_step", dying_step)
+            try:
+                train.main([*arguments, "--resume"] if out.exists() else [*arguments, "--data", text, *TINY])
+            except RuntimeError:
+                pass
+    assert train.main([*arguments, "--resume"]) == 0
+    assert curve(out) == curve(finished)
+    ours, theirs = summary(out), summary(finished)
+    assert {k: ours[k] for k in ("pretrained", "control", "dmc")} == {k: theirs[k] for k in ("pretrained", "control", "dmc")}
+    assert (out / "cr3/model.safetensors").read_bytes() == (finished / "cr3/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_process_resumes(tmp_path, finished, text, signal_number):
+    out = tmp_path / "run"
+    command = [sys.executable, HERE / "train.py", "--out", out]
+    process = subprocess.Popen([*command, "--data", text, *TINY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (out / "pretrained").exists():
+        time.sleep(0.01)
+    process.send_signal(signal_number)
+    printed = process.communicate(timeout=60)[0]
+    if signal_number == signal.SIGINT and process.returncode:
+        assert process.returncode == 130 and f"train.py --resume --out {out}" in printed
+    subprocess.run([*command, "--resume"], check=True, timeout=120, stdout=subprocess.DEVNULL)
+    assert curve(out) == curve(finished)
+
+
+def test_control_rows_take_larger_steps_and_nothing_else_does():
+    s = train.Settings(layers=1, heads=4, kv_heads=2, dim=16, ffn_dim=16, context=16, channel_lr_factor=10.0)
+    phase = train.plan(s)[2]
+    moved = []
+    for factor in (1.0, 10.0):
+        torch.manual_seed(0)
+        model = Transformer(s.config(dmc=True))
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer = train.new_optimizer(model, s)
+        x = torch.randint(0, 257, (2, 17))
+        changed = train.Settings(**{**train.asdict(s), "channel_lr_factor": factor})
+        train.train_step(model, optimizer, phase, 0, x[:, :-1], x[:, 1:], changed)
+        moved.append({name: p.detach() - start[name] for name, p in model.named_parameters()})
+    for name in moved[0]:
+        slow, fast = moved[0][name], moved[1][name]
+        rows = torch.zeros(len(slow), dtype=torch.bool)
+        if "q_proj" in name or "k_proj" in name:
+            rows[::4] = True
+        assert torch.equal(slow[~rows], fast[~rows])
+        assert torch.allclose(10 * slow[rows], fast[rows], rtol=1e-3, atol=1e-6)
+        assert not rows.any() or slow[rows].abs().sum() > 0
+
+
+def test_the_models_of_a_run_see_the_same_batches():
+    """The control and the model at the highest CR take as many steps, over the same data."""
+    s = train.Settings()
+    phases = {(p.name, p.out): p for p in train.plan(s)}
+    control, last = phases["control", "control"], phases["solidify", "cr4"]
+    assert control.position == s.pretrain_steps
+    assert control.position + control.steps == last.position + last.steps
+    tokens = np.arange(1000, dtype=np.uint16)
+    a, b = (train.batch(tokens, s, 7, "cpu") for _ in range(2))
+    assert torch.equal(a[0], b[0]) and torch.equal(a[0][:, 1:], a[1][:, :-1])
+    assert not torch.equal(a[0], train.batch(tokens, s, 8, "cpu")[0])
+
+
+def test_learning_rates_and_targets():
+    pretrain, free, retrofit, solidify = train.plan(train.Settings(warmup=10))[:4]
+    assert pretrain.learning_rate(0, 10) == pytest.approx(pretrain.lr / 10)
+    assert pretrain.learning_rate(pretrain.steps, 10) == pytest.approx(pretrain.lr / 10)
+    assert retrofit.learning_rate(100, 10) == retrofit.learning_rate(retrofit.steps - 1, 10) == retrofit.lr
+    assert retrofit.target(retrofit.steps - 1) == 4 and solidify.target(0) == 2
+    assert pretrain.target(0) is None and free.target(0) is None
+
+
+@given(seeds, st.integers(1, 5), st.integers(1, 4))
+@settings(max_examples=10)
+def test_pooling_averages_every_n_tokens(seed, every, split):
+    config = config_of(dmc=False)
+    q, k, v, _, _ = qkv(seed, (4, 4), 13)
+    cache = train.pooling_cache(Cache, every)(config, 2, dtype=torch.float64)
+    y = torch.cat([cache.attend(0, *part) for part in zip(*(x.split(split, dim=2) for x in (q, k, v)), strict=True)], dim=2)
+    fixed = (np.arange(13) % every > 0).astype(float)
+    for b, h in np.ndindex(2, 4):
+        expected, slots = literal_algorithm1(q[b, h:h + 1].numpy(), k[b, h].numpy(), v[b, h].numpy(), fixed, np.ones(13), 12,
+                                             config.rope_theta, silent=False)
+        assert_close(y[b, h:h + 1], torch.from_numpy(expected))
+        assert cache.lengths[0, b, h] == slots == math.ceil(13 / every)
+
+
+def test_evaluation_is_the_loss_through_the_cache_token_by_token():
+    s = train.Settings(layers=2, heads=2, kv_heads=1, dim=16, ffn_dim=16, context=16, eval_sequences=3)
+    torch.manual_seed(0)
+    model = Transformer(s.config(dmc=True))
+    with torch.no_grad():
+        for row in train.control_rows(model):
+            row.normal_(std=3.0)
+    tokens = np.random.default_rng(0).integers(0, 257, 3 * 16 + 1).astype(np.uint16)
+    loss, cr, heads = train.evaluate(model, tokens, s)
+    losses, slots = [], []
+    for start in (0, 16, 32):
+        x = torch.from_numpy(tokens[start:start + 17].astype(np.int64))
+        cache = Cache(model.config, 1)
+        logits = torch.cat([model(x[None, t:t + 1], cache)[0] for t in range(16)], dim=1)
+        losses += (-logits[0].log_softmax(-1)[torch.arange(16), x[1:]]).tolist()
+        slots.append(cache.lengths[:, 0])
+    slots = torch.stack(slots).double()
+    assert loss == pytest.approx(np.mean(losses), abs=1e-5)
+    assert cr == pytest.approx(16 / slots.mean().item())
+    assert torch.allclose(torch.tensor(heads).double(), 16 / slots.mean(0)) and cr > 1.05
+
+
+def test_training_text_is_split_by_file(tmp_path):
+    files = []
+    for i in range(40):
+        files.append(tmp_path / f"{i}.txt")
+        files[-1].write_text(chr(65 + i) * 100)
+    train_tokens, val_tokens = train.load_data(train.Settings(data=[str(f) for f in files], context=16))
+    assert len(train_tokens) == 38 * 101 and len(val_tokens) == 2 * 101
+    assert not (set(train_tokens) & set(val_tokens)) - {256}
+
+
+# ------------------------------------------------------------------------------------------------ generating
+
+@given(seeds, st.integers(1, 12))
+@settings(max_examples=10)
+def test_greedy_generation_is_the_parallel_argmax(seed, count):
+    """Each token that the cache yields is the likeliest one under a parallel pass over all before it."""
+    model = model_of(seed, (8, 2))
+    prompt = torch.randint(0, 29, (5,)).tolist()
+    cache = Cache(model.config, 1, dtype=torch.float64)
+    ids = list(generate.generate(model, cache, prompt, count, lambda x: generate.sample(x, 0, 0, 1.0, None)))
+    everything = prompt + ids
+    assert len(ids) == count
+    assert model(torch.tensor([everything]))[0][0, 4:-1].argmax(-1).tolist() == ids
+    assert cache.seen[0] == len(everything) - 1
+
+
+def test_generation_stops_before_the_end_of_text():
+    model = model_of(0)
+    eos = model(torch.tensor([[1, 2]]))[0][0, -1].argmax().item()
+    cache = Cache(model.config, 1, dtype=torch.float64)
+    assert list(generate.generate(model, cache, [1, 2], 5, lambda x: x.argmax().item(), eos=eos)) == []
+
+
+def test_sampling_filters():
+    logits = torch.tensor([1.0, 3.0, 2.0, -1.0])
+    draw = lambda n=2000, **kw: {generate.sample(logits, **{**dict(temperature=1.0, top_k=0, top_p=1.0), **kw}, rng=rng)
+                                 for _ in range(n)}
+    rng = torch.Generator().manual_seed(0)
+    assert draw() == {0, 1, 2, 3}
+    assert draw(top_k=2) == {1, 2} and draw(top_k=1) == {1} and draw(temperature=0) == {1}
+    p = logits.softmax(-1)
+    assert draw(top_p=p[1].item() - 1e-6) == {1} and draw(top_p=p[1].item() + 1e-6) == {1, 2} and draw(top_p=0.0) == {1}
+    ids = [generate.sample(logits, 1.0, 0, 1.0, rng) for _ in range(4000)]
+    for i in range(4):
+        assert abs(ids.count(i) / 4000 - p[i]) < 5 * math.sqrt(p[i] * (1 - p[i]) / 4000)
+
+
+def test_segments_are_the_slots_and_spell_the_text(finished):
+    model = dmc.load(finished / "cr3")
+    with torch.no_grad():
+        for row in train.control_rows(model):
+            row.normal_(std=5.0)
+    tokenizer = dmc.Tokenizer.bytes()
+    text = "naïve “quotes” and 🙂"
+    ids = tokenizer.encode(text)
+    segments = generate.merged_segments(model, ids, 0, 0)
+    assert sum(segments, []) == ids
+    slots = 0
+    for start in range(0, len(ids), 16):
+        cache = Cache(model.config, 1)
+        model(torch.tensor([ids[start:start + 16]]), cache)
+        slots += cache.lengths[0, 0, 0].item()
+    assert len(segments) == slots
+    assert generate.show_segments(segments, tokenizer, colour=False).replace("|", "") == text
+    assert re.sub(r"\033\[[0-9;]*m", "", generate.show_segments(segments, tokenizer, colour=True)) == text
+
+
+def test_generate_command(finished, capsys):
+    outputs = []
+    for extra in ([], [], ["--seed", "1"], ["--cache", "full"]):
+        assert generate.main(["--ckpt", str(finished), "--prompt", "3 tim", "--samples", "2", "--temperature", "1.5", *extra]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
+    assert outputs[0].startswith(str(finished / "cr3")) and outputs[0].count("CR per layer") == 2
+    assert "never trained to attend without" in outputs[3] and "CR 1.00" in outputs[3]
+    assert generate.main(["--ckpt", str(finished / "control"), "--prompt", "3", "--tokens", "2", "--cache", "full"]) == 0
+    assert "plain model" in capsys.readouterr().out
+    assert generate.main(["--ckpt", str(finished / "cr2"), "--prompt", "3 times 4", "--show-merges", "0.0"]) == 0
+    shown = capsys.readouterr().out
+    assert "layer 0, head 0: 9 tokens" in shown and shown.splitlines()[-1].replace("|", "") == "3 times 4"
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+BAD_TRAIN = {
+    "no such file": ["--data", "missing.txt"],
+    "a folder as data": ["--data", "."],
+    "not text": ["--data", "binary"],
+    "too short": ["--data", "short"],
+    "too short for validation": ["--data", "shortish"],
+    "unknown flag": ["--frobnicate", "1"],
+    "unknown value": ["--preset", "gigantic"],
+    "no number": ["--layers", "many"],
+    "a fraction": ["--layers", "1.5"],
+    "negative": ["--retrofit-steps", "-4"],
+    "zero": ["--batch", "0"],
+    "no number at all": ["--lr", "nan"],
+    "head size does not divide": ["--dim", "10", "--heads", "4", "--kv-heads", "4"],
+    "G does not divide H": ["--heads", "4", "--kv-heads", "3"],
+    "CR below 1": ["--cr", "0.5"],
+    "keep out of range": ["--cr", "3", "--keep", "5"],
+    "keep below 1": ["--keep", "0.5"],
+    "nothing to resume": ["--resume"],
+    "no output folder": ["--out", "short/run"],
+}
+
+BAD_GENERATE = {
+    "no such checkpoint": ["--ckpt", "missing"],
+    "an empty folder": ["--ckpt", "."],
+    "truncated": ["--ckpt", "truncated"],
+    "no head": ["--show-merges", "9.9"],
+    "no head number": ["--show-merges", "a"],
+    "prompt too long": ["--prompt", "x" * 17],
+    "too many tokens": ["--prompt", "x", "--tokens", "16"],
+    "empty prompt": ["--prompt", ""],
+    "negative temperature": ["--temperature", "-1"],
+    "top-p above 1": ["--top-p", "2"],
+    "no prompt file": ["--prompt-file", "missing"],
+    "not a number": ["--tokens", "few"],
+    "unknown cache": ["--cache", "tiny"],
+}
+
+
+@pytest.fixture
+def messy_folder(tmp_path, monkeypatch, finished):
+    (tmp_path / "binary").write_bytes(bytes(range(256)) * 10)
+    (tmp_path / "short").write_text("short")
+    (tmp_path / "shortish").write_text("x" * 200)
+    (tmp_path / "truncated").mkdir()
+    weights = (finished / "cr2/model.safetensors").read_bytes()
+    (tmp_path / "truncated/model.safetensors").write_bytes(weights[:len(weights) // 2])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refusal(main, arguments, capsys, folder):
+    before = snapshot(folder)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert snapshot(folder) == before and "Traceback" not in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+    return captured.err
+
+
+@pytest.mark.parametrize("case", BAD_TRAIN)
+def test_train_refuses(case, messy_folder, capsys, text):
+    given_data = [] if "--data" in BAD_TRAIN[case] else ["--data", text]
+    context = ["--context", "16"] if "--data" in BAD_TRAIN[case] else []
+    assert refusal(train.main, [*given_data, *context, *BAD_TRAIN[case]], capsys, messy_folder).startswith("train.py: ")
+
+
+def test_train_refuses_to_touch_another_run(finished, text, capsys):
+    assert "already holds a run" in refusal(train.main, ["--out", str(finished), "--data", text, *TINY], capsys, finished)
+    assert "--cr was 3" in refusal(train.main, ["--out", str(finished), "--resume", "--cr", "2"], capsys, finished)
+
+
+def test_resume_refuses_other_text_and_damaged_state(tmp_path, finished, capsys):
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", finished, copy], check=True)
+    (copy / "state.pt").write_bytes((copy / "state.pt").read_bytes()[:50])
+    assert "damaged" in refusal(train.main, ["--out", str(copy), "--resume"], capsys, copy)
+    record = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps({**record, "text": 0}))
+    assert "text" in refusal(train.main, ["--out", str(copy), "--resume"], capsys, copy)
+    (copy / "run.json").write_text("{")
+    assert "damaged" in refusal(train.main, ["--out", str(copy), "--resume"], capsys, copy)
+
+
+@pytest.mark.parametrize("case", BAD_GENERATE)
+def test_generate_refuses(case, messy_folder, capsys, finished):
+    checkpoint = [] if "--ckpt" in BAD_GENERATE[case] else ["--ckpt", str(finished)]
+    assert refusal(generate.main, [*checkpoint, *BAD_GENERATE[case]], capsys, messy_folder).startswith("generate.py: ")
+
+
+# ------------------------------------------------------------------------------------------------ the whole
+
+def test_worked_example():
+    printed = subprocess.run([sys.executable, HERE / "dmc.py"], capture_output=True, text=True, check=True, timeout=60).stdout
+    assert "compression ratio" in printed and float(printed.split()[-1].rstrip(".")) < 1e-6
+
+
+@pytest.mark.parametrize("script", ["train.py", "generate.py"])
+def test_help_names_every_flag(script):
+    shown = subprocess.run([sys.executable, HERE / script, "--help"], capture_output=True, text=True, check=True).stdout
+    flags = [train.flag(f.name) for f in train.fields(train.Settings)] if script == "train.py" else ["--ckpt", "--show-merges"]
+    assert all(flag in shown for flag in flags)
