@@ -214,18 +214,19 @@ def scale_control(x, gain):
 
 # ------------------------------------------------------------------------------------------- rotary embedding
 
-def rotary_table(config, device=None):
-    """cos and sin of every position's angles, (max_seq_len, D / 2) each, fp64: angles grow with the position."""
-    frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
-    angle = torch.arange(config.max_seq_len, dtype=torch.float64)[:, None] * frequency
-    return angle.cos().to(device), angle.sin().to(device)
+def rotary_table(config, length, device=None):
+    """cos and sin of the angles of positions 0 .. length - 1, (length, D / 2) each, in fp64: angles grow large."""
+    channel = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device)
+    position = torch.arange(length, dtype=torch.float64, device=device)
+    angle = position[:, None] * config.rope_theta ** (-channel / config.head_dim)
+    return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding. x (..., T, D); cos, sin (T, D / 2). Channel i is paired with channel i + D / 2."""
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    """Rotary embedding. x (..., T, D); cos, sin (T, D / 2). Channel i turns together with channel i + D / 2."""
+    a, b = wide(x).chunk(2, dim=-1)
+    cos, sin = cos.to(a.dtype), sin.to(a.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 def rotate_heads(x, cos, sin, gain):
@@ -253,7 +254,7 @@ class Cache:
         L, B, G, D, W = config.n_layer, batch, config.n_kv_head, config.head_dim, config.window or 1
         self.config = config
         self.gain = 0.0 if config.dmc else 1.0
-        self.cos, self.sin = rotary_table(config, device)
+        self.cos, self.sin = rotary_table(config, config.max_seq_len, device)
         self.lengths = torch.zeros(L, B, G, dtype=torch.long, device=device)
         self.seen = [0] * L                                          # tokens, per layer
         empty = torch.zeros(B, G, 0, D, device=device, dtype=dtype)
@@ -274,6 +275,7 @@ class Cache:
         tensors = [*self.keys, *self.values, self.open_k, self.open_v, self.open_omega]
         return CacheBytes(self.lengths.sum().item() * slot, sum(t.nbytes for t in tensors))
 
+    @torch.no_grad()
     def attend(self, layer, q, k, v, alpha=None, omega=None):
         """Take T >= 1 further tokens into one layer's cache and attend from each of them. Returns y (B, H, T, D).
 
@@ -289,7 +291,7 @@ class Cache:
         omega = omega.to(self.open_omega.dtype)
         if self.seen[layer] == 0 and T > 1:
             return self._prefill(layer, q, k, v, alpha, omega)
-        tokens = zip(*(x.split(1, dim=2) for x in (q, k, v, alpha, omega)))
+        tokens = zip(*(x.split(1, dim=2) for x in (q, k, v, alpha, omega)), strict=True)
         return torch.cat([self._step(layer, *token) for token in tokens], dim=2)
 
     def _step(self, layer, q, k, v, alpha, omega):
@@ -447,13 +449,13 @@ class Transformer(nn.Module):
         """
         if gain is None and not self.config.dmc:
             gain = 1.0
-        if cache is not None and (noise or gain not in (None, cache.gain)):
+        if cache is not None and (noise or (gain is not None and gain != cache.gain)):
             raise ValueError("a cache works with hard decisions (noise=False) and fixed control channels "
                              f"(gain None or {cache.gain:g})")
         T = tokens.size(1)
         if cache is None and T > self.config.max_seq_len:
             raise InputError(f"{T} tokens do not fit the model's {self.config.max_seq_len} positions; give fewer.")
-        cos, sin = (t[:T] for t in rotary_table(self.config, tokens.device)) if cache is None else (None, None)
+        cos, sin = rotary_table(self.config, T, tokens.device) if cache is None else (None, None)
         x = self.embed_tokens(tokens)
         alphas = []
         for i, layer in enumerate(self.layers):
@@ -481,9 +483,9 @@ def write_atomically(path, write):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        with open(temporary, "rb") as f:
+        with temporary.open("rb") as f:
             os.fsync(f.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}); choose another folder or free some space.") from None
 
@@ -511,7 +513,7 @@ def load(path, ops=None, device=None, **changes):
     try:
         with safe_open(file, framework="pt", device=str(device or "cpu")) as f:
             config = Config(**{**json.loads(f.metadata()["config"]), **changes})
-            weights = {name: f.get_tensor(name) for name in f.keys()}
+            weights = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - f is no dict
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
         raise InputError(f"{file} is truncated or not a checkpoint of this project ({error}); write it anew.") from None
     model = Transformer(config, ops).to(device)
@@ -564,7 +566,7 @@ class Tokenizer:
 def worked_example():
     """One head and a dozen tokens: what Algorithm 1 decides and keeps, and that the parallel form agrees."""
     torch.manual_seed(2)
-    text = "the cache keeps a summary of what it has seen so far".split()
+    text = ["the", "cache", "keeps", "a", "summary", "of", "what", "it", "has", "seen", "so", "far"]
     T, window = len(text), 4
     config = Config(vocab_size=1, n_layer=1, n_head=1, n_kv_head=1, dim=8, ffn_dim=1, max_seq_len=T, window=window)
     q, k, v = torch.randn(3, 1, 1, T, 8)
@@ -582,7 +584,7 @@ def worked_example():
         print(f" {t:2}  {text[t]:<9}  {int(merge)} ({'merge)' if merge else 'append)':<8}     {omega[0, 0, t]:5.2f}   "
               f"{'  '.join(f'[{slot}]' for slot in slots)}")
 
-    angles = rotary_table(config)
+    angles = rotary_table(config, T)
     k, v = accumulate(k, v, alpha, omega, window)
     parallel = attend(rotate_heads(q, *angles, 0.0), rotate_heads(k, *angles, 0.0), v, keep)
     print(f"\n{T} tokens in {cache.lengths.item()} slots: compression ratio {cache.compression_ratio:.2f}.")

@@ -11,6 +11,7 @@ import codecs
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,7 +65,8 @@ def cache_report(cache):
     slots, tokens = cache.lengths.sum((1, 2)).tolist(), sum(cache.seen) * cache.lengths[0].numel()
     full = tokens * 2 * cache.config.head_dim * cache.keys[0].element_size()
     layers = "  ".join(f"{i}: {cache.seen[i] * cache.lengths[i].numel() / n:.2f}" for i, n in enumerate(slots))
-    return (f"{cache.seen[0]} tokens; {sum(slots):,} slots where an uncompressed cache has {tokens:,}: CR {tokens / sum(slots):.2f}\n"
+    return (f"{cache.seen[0]} tokens; {sum(slots):,} slots where an uncompressed cache has {tokens:,}: "
+            f"CR {cache.compression_ratio:.2f}\n"
             f"CR per layer   {layers}\n"
             f"bytes of cache {cache.bytes.used:,} used, {full:,} uncompressed")
 
@@ -135,11 +137,11 @@ def parse(argv):
     parser.add_argument("--ckpt", type=Path, help="folder of a model or of a run [the newest run in runs]")
     parser.add_argument("--prompt", default=PROMPT, help="text to continue [the start of a Python method]")
     parser.add_argument("--prompt-file", type=Path, help="read the prompt from a file")
-    parser.add_argument("--tokens", type=number(1, kind=int), help="how many to generate at most [as many as positions are left]")
+    parser.add_argument("--tokens", type=number(1, kind=int), help="how many to generate [until the positions end]")
     parser.add_argument("--samples", type=number(1, kind=int), default=1, help="how many continuations [1]")
     parser.add_argument("--temperature", type=number(0), default=0.7, help="0: always the likeliest token [0.7]")
-    parser.add_argument("--top-k", type=number(0, kind=int), default=0, help="sample from the k likeliest tokens only; 0: all [0]")
-    parser.add_argument("--top-p", type=number(0, 1), default=0.95, help="sample from the likeliest tokens that make up p [0.95]")
+    parser.add_argument("--top-k", type=number(0, kind=int), default=0, help="sample from the k likeliest; 0: from all [0]")
+    parser.add_argument("--top-p", type=number(0, 1), default=0.95, help="sample from the likeliest that make up p [0.95]")
     parser.add_argument("--seed", type=number(0, kind=int), default=0, help="of the sampling [0]")
     parser.add_argument("--cache", choices=["dmc", "full"], default="dmc", help="full: keep every token, merge nothing [dmc]")
     parser.add_argument("--show-merges", metavar="LAYER.HEAD", help="print the prompt cut into one head's segments, and stop")
@@ -152,7 +154,8 @@ def show_merges(args, model, tokenizer, prompt):
     layers, heads = model.config.n_layer, model.config.n_kv_head
     layer, _, head = args.show_merges.partition(".")
     if not (layer.isdecimal() and head.isdecimal() and int(layer) < layers and int(head) < heads):
-        raise InputError(f"--show-merges {args.show_merges} names no head; give LAYER.HEAD, from 0.0 to {layers - 1}.{heads - 1}.")
+        raise InputError(f"--show-merges {args.show_merges} names no head; give LAYER.HEAD, "
+                         f"from 0.0 to {layers - 1}.{heads - 1}.")
     segments = merged_segments(model, prompt, int(layer), int(head))
     print(f"layer {layer}, head {head}: {len(prompt)} tokens in {len(segments)} slots, CR {len(prompt) / len(segments):.2f}\n")
     print(show_segments(segments, tokenizer, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
@@ -166,16 +169,17 @@ def stream_samples(args, model, tokenizer, prompt, facts):
         raise InputError(f"a prompt of {len(prompt)} tokens{wanted} does not fit the model's {positions} positions; "
                          "shorten the prompt or lower --tokens.")
     device = next(model.parameters()).device
-    full = args.cache == "full"
-    if full:
+    gain = None
+    if args.cache == "full":
         print(full_cache_note(model, facts) + "\n")
+        gain = 0.0 if model.config.dmc else 1.0          # decides nothing
     for i in range(args.samples):
         rng = torch.Generator().manual_seed(args.seed + i)
+        choose = partial(sample, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, rng=rng)
         cache = model.Cache(model.config, 1, device)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         print(tokenizer.decode(prompt), end="", flush=True)
-        for token in generate(model, cache, prompt, count, lambda x, rng=rng: sample(x, args.temperature, args.top_k, args.top_p, rng),
-                              tokenizer.eos, gain=0.0 if full and model.config.dmc else None):
+        for token in generate(model, cache, prompt, count, choose, tokenizer.eos, gain):
             print(decoder.decode(tokenizer.token_bytes([token])), end="", flush=True)
         print(decoder.decode(b"", final=True) + f"\n\n{cache_report(cache)}\n")
 

@@ -4,9 +4,9 @@ The oracles stand first. They are written from the paper's text, token by token,
 with what they check.
 """
 
+import contextlib
 import json
 import math
-import os
 import re
 import signal
 import subprocess
@@ -84,10 +84,10 @@ def literal_algorithm1(q, k, v, alpha, omega, window, theta, silent=True):
         else:
             segments.append([t])
         recent = [s if window is None else s[-window:] for s in segments]
-        average = lambda x: [(omega[s][:, None] * x[s]).sum(0) / omega[s].sum() for s in recent]
-        keys = [rotated(key, s[-1]) for key, s in zip(average(k), recent, strict=True)]
+        mean_k, mean_v = ([(omega[s][:, None] * x[s]).sum(0) / omega[s].sum() for s in recent] for x in (k, v))
+        keys = [rotated(key, s[-1]) for key, s in zip(mean_k, recent, strict=True)]
         for r in range(R):
-            out[r, t] = literal_attention(rotated(q[r, t], t), keys, average(v))
+            out[r, t] = literal_attention(rotated(q[r, t], t), keys, mean_v)
     return out, len(segments)
 
 
@@ -152,7 +152,7 @@ def model_of(seed, heads=(4, 4), window=12, **changes):
 def parallel_form(q, k, v, alpha, omega, config):
     """The training form on decisions that are given: Eq. 9, rotation, the mask."""
     k, v = dmc.accumulate(k, v, alpha, omega, config.window)
-    cos, sin = (x[:q.size(2)] for x in dmc.rotary_table(config))
+    cos, sin = dmc.rotary_table(config, q.size(2))
     return dmc.attend(dmc.rotate_heads(q, cos, sin, 0.0), dmc.rotate_heads(k, cos, sin, 0.0), v, torch.log1p(-alpha))
 
 
@@ -545,7 +545,7 @@ def test_save_and_load_are_bit_exact(tmp_path, tied):
     assert dmc.load(tmp_path / "a", dmc=False).config.dmc is False
 
 
-@pytest.mark.parametrize("dies_in", ["save_file", "os.replace", "second file"])
+@pytest.mark.parametrize("dies_in", ["save_file", "replace", "second file"])
 def test_a_kill_during_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch, dies_in):
     old, new = Transformer(config_of()), Transformer(config_of(n_layer=1))
     dmc.save(old, tmp_path)
@@ -559,8 +559,8 @@ def test_a_kill_during_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch, d
 
     if dies_in == "save_file":
         monkeypatch.setattr(dmc, "save_file", half_a_file)
-    elif dies_in == "os.replace":
-        monkeypatch.setattr(dmc.os, "replace", die)
+    elif dies_in == "replace":
+        monkeypatch.setattr(Path, "replace", die)
     else:
         monkeypatch.setattr(Path, "write_text", die)
     with pytest.raises(KeyboardInterrupt):
@@ -674,10 +674,8 @@ def test_resume_is_bit_identical(tmp_path_factory, finished, text, died_at, agai
                 return step(*args)
 
             patch.setattr(train, "train_step", dying_step)
-            try:
+            with contextlib.suppress(RuntimeError):
                 train.main([*arguments, "--resume"] if out.exists() else [*arguments, "--data", text, *TINY])
-            except RuntimeError:
-                pass
     assert train.main([*arguments, "--resume"]) == 0
     assert curve(out) == curve(finished)
     ours, theirs = summary(out), summary(finished)
@@ -852,7 +850,8 @@ def test_segments_are_the_slots_and_spell_the_text(finished):
 def test_generate_command(finished, capsys):
     outputs = []
     for extra in ([], [], ["--seed", "1"], ["--cache", "full"]):
-        assert generate.main(["--ckpt", str(finished), "--prompt", "3 tim", "--samples", "2", "--temperature", "1.5", *extra]) == 0
+        arguments = ["--ckpt", str(finished), "--prompt", "3 tim", "--samples", "2", "--temperature", "1.5", *extra]
+        assert generate.main(arguments) == 0
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] != outputs[2]
     assert outputs[0].startswith(str(finished / "cr3")) and outputs[0].count("CR per layer") == 2

@@ -33,7 +33,6 @@ import torch.nn.functional as F
 import dmc
 from dmc import Config, InputError, Tokenizer, write_atomically
 
-
 # ------------------------------------------------------------------------------------------------ settings
 
 def setting(laptop, help, paper=None, **argument):
@@ -45,7 +44,8 @@ def setting(laptop, help, paper=None, **argument):
 @dataclass(frozen=True)
 class Settings:
     """What decides a run. The defaults suit the small model; `--preset paper` takes the paper's (section 4)."""
-    data: list = setting(None, "text files in UTF-8 [the sources of Python's standard library]", nargs="+", metavar="FILE")
+    data: list = setting(None, "text files in UTF-8 [the sources of Python's standard library]", nargs="+", metavar="FILE",
+                         type=lambda path: str(Path(path).resolve()))
     seed: int = setting(0, "seed of the weights, the order of the data and the decisions' noise [0]")
     layers: int = setting(4, "L, layers", 32)
     heads: int = setting(4, "H, query heads", 32)
@@ -245,7 +245,7 @@ def train_step(model, optimizer, phase, step, inputs, targets, s):
     rows = control_rows(model) if alpha is not None else []
     before = [row.clone() for row in rows]
     optimizer.step()
-    for row, old in zip(rows, before):
+    for row, old in zip(rows, before, strict=True):
         row.copy_(torch.lerp(old, row, s.channel_lr_factor))
     return lm_loss.item(), None if alpha is None else 1 / (1 - alpha.detach()).mean().item()
 
@@ -311,12 +311,12 @@ class Run:
         if read_json(self.out / "run.json")["text"] != self.facts()["text"]:
             raise InputError(f"the text is not the one that {self.out} was trained on; restore it, or start a new run.")
         path = self.out / "state.pt"
-        if not path.exists():
-            return self.execute(0, 0, None)
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-        except Exception as error:      # torch raises many kinds for a damaged file
-            raise InputError(f"{path} is damaged ({type(error).__name__}); start a new run.") from None
+        state = {"phase": 0, "step": 0, "seconds": 0.0}
+        if path.exists():
+            try:
+                state = torch.load(path, map_location=self.device, weights_only=True)
+            except Exception as error:      # torch raises many kinds for a damaged file
+                raise InputError(f"{path} is damaged ({type(error).__name__}); start a new run.") from None
         self.seconds = state["seconds"]
         self.execute(state["phase"], state["step"], state)
 
@@ -326,7 +326,7 @@ class Run:
     def save_state(self, phase, step, model=None, optimizer=None):
         state = {"phase": phase, "step": step, "seconds": self.seconds}
         if model is not None:
-            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         write_atomically(self.out / "state.pt", lambda f: torch.save(state, f))
 
     def save_model(self, model, folder, **facts):
@@ -337,7 +337,7 @@ class Run:
     def execute(self, first, step, state):
         """All phases from `first` on, that one from `step` and `state` on; then the table."""
         self.trim_metrics(first, step)
-        with open(self.out / "metrics.jsonl", "a", buffering=1) as self.metrics:
+        with (self.out / "metrics.jsonl").open("a", buffering=1) as self.metrics:
             for index in range(first, len(self.phases)):
                 self.train(index, step, state)
                 step, state = 0, None
@@ -346,8 +346,8 @@ class Run:
     def train(self, index, step, state):
         """One phase from a step on: from its start's weights, or in mid-phase from the saved state."""
         phase, s = self.phases[index], self.settings
-        torch.manual_seed(s.seed * 1000 + index)
         if phase.start is None:
+            torch.manual_seed(s.seed)
             model = dmc.Transformer(s.config(phase.dmc)).to(self.device)
         else:
             model = dmc.load(self.out / phase.start, device=self.device, dmc=phase.dmc)
@@ -355,10 +355,10 @@ class Run:
         if state and "model" in state:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["rng"].cpu())
         while step < phase.steps:
             began = time.perf_counter()
             x, y = batch(self.train_tokens, s, phase.position + step, self.device)
+            torch.manual_seed(int(np.random.default_rng([s.seed, index, step]).integers(2 ** 63)))    # the decisions' noise
             loss, cr = train_step(model, optimizer, phase, step, x, y, s)
             if not math.isfinite(loss):
                 raise InputError(f"the loss is {loss} at step {step} of {phase.name}; lower the learning rate.")
@@ -378,6 +378,7 @@ class Run:
         self.stop_if_asked()
 
     def stop_if_asked(self):
+        """Raises KeyboardInterrupt once a signal came. Called where everything that counts is saved."""
         if self.stop:
             raise KeyboardInterrupt
 
@@ -389,9 +390,9 @@ class Run:
     def seconds_left(self, index, step):
         """What the pace so far promises; a step with decisions counts as 1.7 plain ones until one was timed."""
         def per_step(decided):
-            for known, factor in ((decided, 1.0), (not decided, 1.7 if decided else 1 / 1.7)):
-                if known in self.pace:
-                    return self.pace[known][1] / self.pace[known][0] * factor
+            factor = 1.0 if decided in self.pace else 1.7 if decided else 1 / 1.7
+            steps, seconds = self.pace.get(decided) or self.pace[not decided]
+            return seconds / steps * factor
         return sum((phase.steps - (step + 1 if i == index else 0)) * per_step(phase.dmc)
                    for i, phase in enumerate(self.phases) if i >= index)
 
@@ -420,7 +421,8 @@ class Run:
         path = self.out / "metrics.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
         kept = [line for line in lines if (line["index"], line["step"]) < (index, step)]
-        self.recent = [line["loss"] for line in kept if line["index"] == index and line["step"] >= step - step % self.settings.log_every]
+        shown = step - step % self.settings.log_every           # the steps since the last line on the screen
+        self.recent = [line["loss"] for line in kept if line["index"] == index and line["step"] >= shown]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_atomically(path, lambda f: f.write_text(text))
 
@@ -534,18 +536,19 @@ def open_run(argv):
 
 def main(argv=None):
     torch.set_flush_denormal(True)      # products of many small alphas are denormal, which CPUs are slow at
+    run = None
     try:
         run, carry_out = open_run(argv)
-        signal.signal(signal.SIGINT, lambda *_: setattr(run, "stop", True))
-        try:
-            carry_out()
-        except KeyboardInterrupt:
-            print(f"\nStopped, and saved. To go on: python train.py --resume --out {shlex.quote(str(run.out))}")
-            return 130
+        for interruption in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(interruption, lambda *_: setattr(run, "stop", True))
+        carry_out()
         return 0
     except InputError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"\nStopped, and saved. To go on: python train.py --resume --out {shlex.quote(str(run.out))}" if run else "")
+        return 130
 
 
 if __name__ == "__main__":
