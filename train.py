@@ -15,6 +15,7 @@ needs), a folder of weights per model, and `summary.json` (the final table).
 import argparse
 import json
 import math
+import os
 import platform
 import shlex
 import signal
@@ -37,8 +38,10 @@ from dmc import Config, InputError, Tokenizer, write_atomically
 
 def setting(laptop, help, paper=None, **argument):
     """A field of Settings that is also a flag. paper: the value for Llama 2 7B, where it differs from the laptop's."""
-    argument["help"] = f"{help} [{laptop}" + (f"; paper: {paper}]" if paper is not None else "]") if laptop else help
-    return field(default=laptop, metadata={"paper": laptop if paper is None else paper, "argument": argument})
+    if laptop is not None:
+        help += f" [{laptop}]" if paper is None else f" [{laptop}; paper: {paper}]"
+    return field(default=laptop, metadata={"paper": laptop if paper is None else paper,
+                                            "argument": {"help": help, **argument}})
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Settings:
     """What decides a run. The defaults suit the small model; `--preset paper` takes the paper's (section 4)."""
     data: list = setting(None, "text files in UTF-8 [the sources of Python's standard library]", nargs="+", metavar="FILE",
                          type=lambda path: str(Path(path).resolve()))
-    seed: int = setting(0, "seed of the weights, the order of the data and the decisions' noise [0]")
+    seed: int = setting(0, "seed of the weights, the order of the data and the decisions' noise")
     layers: int = setting(4, "L, layers", 32)
     heads: int = setting(4, "H, query heads", 32)
     kv_heads: int = setting(4, "G, key-value heads; divides H", 32)
@@ -189,6 +192,9 @@ def plan(s):
     """The phases of a run, in order."""
     free_at, retrofit_at = s.pretrain_steps, s.pretrain_steps + s.free_steps
     reach = {cr: max(1, round(s.retrofit_steps * (cr - 1) / max(s.cr - 1, 1e-9))) for cr in s.kept()}
+    if len(set(reach.values())) < len(reach):
+        raise InputError(f"two of the CRs to keep, {', '.join(f'{cr:g}' for cr in reach)}, fall on the same step; keep fewer "
+                         "with --keep, or raise --retrofit-steps.")
     phases = [
         Phase("pretrain", None, "pretrained", s.pretrain_steps, 0, s.pretrain_steps, s.pretrain_lr, dmc=False),
         Phase("free", "pretrained", "freed", s.free_steps, free_at, 0, s.lr, fade=True),
@@ -209,18 +215,14 @@ def compression_term(alpha, phase, step):
     """Eq. 10 against the target CR. In solidify, beyond the paper's one-sided loss, the batch is held to the target from
     both sides: a short retrofit overshoots by several percent, and the LM loss alone is slow to bring it back."""
     cr = phase.target(step)
-    if phase.name != "solidify":
-        return dmc.compression_loss(alpha, cr)
-    alpha = alpha.transpose(1, 2).flatten(2).unsqueeze(1)         # (L, B, G, T) -> (L, 1, G B T): the batch as one
-    merged = 1 - 1 / cr
-    return dmc.compression_loss(alpha, cr) + (alpha.mean() - merged).clamp(min=0)
+    return ((1 - alpha).mean() - 1 / cr).abs() if phase.name == "solidify" else dmc.compression_loss(alpha, cr)
 
 
 def new_optimizer(model, s):
     """AdamW; decay on matrices only. The learning rate is set at each step."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [dict(params=matrices, weight_decay=s.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, s.beta2), eps=s.eps, fused=True)
 
 
@@ -285,13 +287,13 @@ class Run:
     """A run in its folder: trains the phases in order, can stop after any step and go on from the last saved state."""
 
     def __init__(self, settings, out):
-        self.settings, self.out = settings, Path(out)
+        self.settings, self.out, self.phases = settings, Path(out), plan(settings)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.train_tokens, self.val_tokens = load_data(settings)
-        self.phases = plan(settings)
         self.stop = False
         self.seconds = 0.0           # of all sittings
-        self.pace = {}               # decided or not -> [steps, seconds], of this sitting
+        self.pace = {}               # with decisions or not -> (steps, seconds), of this sitting
+        self.recent, self.shown = [], 0        # losses since the last line on the screen; lines so far
 
     # --- files
 
@@ -327,6 +329,7 @@ class Run:
         state = {"phase": phase, "step": step, "seconds": self.seconds}
         if model is not None:
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        os.fsync(self.metrics.fileno())           # the curve is on disk before the state that continues it
         write_atomically(self.out / "state.pt", lambda f: torch.save(state, f))
 
     def save_model(self, model, folder, **facts):
@@ -408,21 +411,21 @@ class Run:
         if (step + 1) % s.log_every == 0 or step + 1 == phase.steps:
             tokens_per_second = s.batch * s.context / (self.pace[phase.dmc][1] / self.pace[phase.dmc][0])
             left = self.seconds_left(index, step)
-            if step < s.log_every or (step + 1) // s.log_every % 20 == 0:
+            if self.shown % 25 == 0:
                 print(f"{'phase':<12}{'step':>11}{'loss':>8}{'target':>8}{'CR':>7}{'lr':>10}{'tokens/s':>10}{'left':>7}")
             name = phase.name + (f" {phase.cr[1]:g}" if phase.name == "solidify" else "")
             ratios = f"{entry['target_cr']:8.2f}{cr:7.2f}" if cr else f"{'-':>8}{'-':>7}"
             print(f"{name:<12}{step + 1:>6}/{phase.steps:<4}{np.mean(self.recent):8.4f}{ratios}{entry['lr']:10.1e}"
                   f"{tokens_per_second:10,.0f}{left // 60:4.0f}:{left % 60:02.0f}", flush=True)
-            self.recent = []
+            self.shown, self.recent = self.shown + 1, []
 
     def trim_metrics(self, index, step):
         """Drop the lines of steps that are trained again, so that the curve has each step once."""
         path = self.out / "metrics.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
         kept = [line for line in lines if (line["index"], line["step"]) < (index, step)]
-        shown = step - step % self.settings.log_every           # the steps since the last line on the screen
-        self.recent = [line["loss"] for line in kept if line["index"] == index and line["step"] >= shown]
+        last_shown = step - step % self.settings.log_every
+        self.recent = [line["loss"] for line in kept if line["index"] == index and line["step"] >= last_shown]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_atomically(path, lambda f: f.write_text(text))
 
@@ -453,7 +456,8 @@ def provenance():
     cpu = next((line.split(":")[1].strip() for line in read_lines("/proc/cpuinfo") if line.startswith("model name")),
                platform.processor())
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, {torch.get_num_threads()} threads"
-    return {"command": shlex.join(["python", *sys.argv]), "commit": git.stdout.strip() or None, "device": device,
+    return {"date": time.strftime("%Y-%m-%d"), "command": shlex.join(["python", *sys.argv]),
+            "commit": git.stdout.strip() or None, "device": device,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
 
 
