@@ -565,30 +565,31 @@ class Tokenizer:
 
 def worked_example():
     """One head and a dozen tokens: what Algorithm 1 decides and keeps, and that the parallel form agrees."""
-    torch.manual_seed(2)
+    torch.manual_seed(48)
     text = ["the", "cache", "keeps", "a", "summary", "of", "what", "it", "has", "seen", "so", "far"]
-    T, window = len(text), 4
-    config = Config(vocab_size=1, n_layer=1, n_head=1, n_kv_head=1, dim=8, ffn_dim=1, max_seq_len=T, window=window)
-    q, k, v = torch.randn(3, 1, 1, T, 8)
-    alpha, keep = relaxed_decision(10 * k[..., 0], config, noise=False)
+    T = len(text)
+    config = Config(vocab_size=1, n_layer=1, n_head=1, n_kv_head=1, dim=8, ffn_dim=1, max_seq_len=T)
+    q, k, v = torch.randn(3, 1, 1, T, config.head_dim)
+    k[..., 0] = 6 * k[..., 0] + 7               # an untrained logit would be near 0, and every token appended
+    alpha, keep = relaxed_decision(k[..., 0], config, noise=False)
     omega = importance(2 * q[..., 0], n_kv_head=1)
 
-    print(f"Algorithm 1 on one head, window {window}. A slot is named by the tokens in it.\n")
-    print("  t  token      alpha            omega   cache after the step")
+    print("Algorithm 1 on one head. The decision: merge where k[0] > c = 5. A slot is named by the tokens in it.\n")
+    print(" t  token      k[0]   alpha        omega  cache after the step")
     cache, slots, stepwise = Cache(config, batch=1), [], []
     for t in range(T):
         at = slice(t, t + 1)
         stepwise.append(cache.attend(0, q[:, :, at], k[:, :, at], v[:, :, at], alpha[..., at], omega[..., at]))
-        merge = bool(alpha[0, 0, t])
+        merge = alpha[0, 0, t] == 1
         slots = [*slots[:-1], slots[-1] + "+" + text[t]] if merge else [*slots, text[t]]
-        print(f" {t:2}  {text[t]:<9}  {int(merge)} ({'merge)' if merge else 'append)':<8}     {omega[0, 0, t]:5.2f}   "
-              f"{'  '.join(f'[{slot}]' for slot in slots)}")
+        print(f"{t:2}  {text[t]:<8}{k[0, 0, t, 0]:7.2f}   {'1 (merge) ' if merge else '0 (append)'}{omega[0, 0, t]:8.2f}  "
+              f"{' '.join(f'[{slot}]' for slot in slots)}")
 
     angles = rotary_table(config, T)
-    k, v = accumulate(k, v, alpha, omega, window)
+    k, v = accumulate(k, v, alpha, omega, config.window)
     parallel = attend(rotate_heads(q, *angles, 0.0), rotate_heads(k, *angles, 0.0), v, keep)
     print(f"\n{T} tokens in {cache.lengths.item()} slots: compression ratio {cache.compression_ratio:.2f}.")
-    print(f"The parallel form (Eq. 9 and the mask) gives the same outputs: largest difference "
+    print("The parallel form, Eq. 9 and the mask of appendix F, gives the same outputs: largest difference "
           f"{(parallel - torch.cat(stepwise, dim=2)).abs().max():.1e}.")
 
 
