@@ -56,20 +56,21 @@ class Settings:
     dim: int = setting(128, "width of the residual stream; H divides it", 4096)
     ffn_dim: int = setting(384, "width of the MLP", 11008)
     context: int = setting(128, "tokens per training sequence, and positions of the model", 4096)
-    batch: int = setting(16, "sequences per step", 1024)
-    pretrain_steps: int = setting(600, "steps of pretraining")
-    free_steps: int = setting(60, "n of Eq. 12: steps over which the control channels fade", 250)
-    retrofit_steps: int = setting(300, "steps over which the target CR rises from 1 to --cr", 18000)
-    solidify_steps: int = setting(100, "steps at a fixed CR while the learning rate decays", 2000)
+    batch: int = setting(8, "sequences per step", 1024)
+    pretrain_steps: int = setting(1000, "steps of pretraining")
+    free_steps: int = setting(100, "n of Eq. 12: steps over which the control channels fade", 250)
+    retrofit_steps: int = setting(240, "steps over which the target CR rises from 1 to --cr", 18000)
+    solidify_steps: int = setting(240, "steps at the fixed CR --cr while the learning rate decays; models kept earlier take "
+                                  "so many more that all end after as many steps", 2000)
     cr: float = setting(4.0, "the compression ratio to reach")
-    keep: list = setting(None, "CRs at which a model is kept and solidified [2, 3, ... and --cr]", type=float, nargs="+",
-                         metavar="CR")
-    pretrain_lr: float = setting(3e-3, "peak learning rate of pretraining, a cosine to 10%%")
+    keep: list = setting(None, "CRs at which a model is kept and solidified [2, 3, ... and --cr; paper: 4]", [4.0],
+                         type=float, nargs="+", metavar="CR")
+    pretrain_lr: float = setting(2e-3, "peak learning rate of pretraining, a cosine to 10%%")
     lr: float = setting(1e-3, "learning rate of the other phases: constant, then in solidify a cosine to 10%%", 3e-5)
     channel_lr_factor: float = setting(10.0, "how much larger the steps of the control channels' projection rows are", 1.0)
     cr_weight: float = setting(2.0, "weight of the compression loss; Eq. 11 has 1", 1.0)
     window: int = setting(12, "w: tokens that an average covers at most; 0: the whole segment")
-    tau: float = setting(0.4, "temperature of Eq. 8", 0.1)
+    tau: float = setting(0.2, "temperature of Eq. 8", 0.1)
     c: float = setting(5.0, "offset of Eq. 8")
     warmup: int = setting(10, "steps over which each phase's learning rate rises from 0; 0: none")
     weight_decay: float = setting(0.1, "AdamW's weight decay, on matrices")
@@ -77,8 +78,8 @@ class Settings:
     eps: float = setting(1e-8, "AdamW's epsilon", 1e-5)
     clip: float = setting(1.0, "largest norm of the gradient")
     eval_sequences: int = setting(256, "validation sequences behind each figure of the final table")
-    save_every: int = setting(50, "steps from one saved state to the next")
-    log_every: int = setting(20, "steps from one line on the screen to the next")
+    save_every: int = setting(100, "steps from one saved state to the next")
+    log_every: int = setting(40, "steps from one line on the screen to the next")
 
     def __post_init__(self):
         for f in fields(self):
@@ -201,9 +202,9 @@ def plan(s):
         Phase("retrofit", "freed", None, s.retrofit_steps, retrofit_at, 0, s.lr, cr=(1.0, s.cr),
               keep={step: f"retrofit-{cr:g}" for cr, step in reach.items()}),
     ]
-    for cr, step in reach.items():
-        phases.append(Phase("solidify", f"retrofit-{cr:g}", f"cr{cr:g}", s.solidify_steps, retrofit_at + step,
-                            s.solidify_steps, s.lr, cr=(cr, cr)))
+    for cr, step in reach.items():           # all end after as many steps as the control, which makes them comparable
+        steps = s.retrofit_steps - step + s.solidify_steps
+        phases.append(Phase("solidify", f"retrofit-{cr:g}", f"cr{cr:g}", steps, retrofit_at + step, steps, s.lr, cr=(cr, cr)))
     phases.append(Phase("control", "pretrained", "control", s.free_steps + s.retrofit_steps + s.solidify_steps, free_at,
                         s.solidify_steps, s.lr, dmc=False))
     return phases
@@ -287,11 +288,11 @@ class Run:
     """A run in its folder: trains the phases in order, can stop after any step and go on from the last saved state."""
 
     def __init__(self, settings, out):
+        self.started, self.seconds_before = time.perf_counter(), 0.0       # of this sitting, and those before it
         self.settings, self.out, self.phases = settings, Path(out), plan(settings)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.train_tokens, self.val_tokens = load_data(settings)
         self.stop = False
-        self.seconds = 0.0           # of all sittings
         self.pace = {}               # with decisions or not -> (steps, seconds), of this sitting
         self.recent, self.shown = [], 0        # losses since the last line on the screen; lines so far
 
@@ -319,14 +320,14 @@ class Run:
                 state = torch.load(path, map_location=self.device, weights_only=True)
             except Exception as error:      # torch raises many kinds for a damaged file
                 raise InputError(f"{path} is damaged ({type(error).__name__}); start a new run.") from None
-        self.seconds = state["seconds"]
+        self.seconds_before = state["seconds"]
         self.execute(state["phase"], state["step"], state)
 
     def write_json(self, name, value):
         write_atomically(self.out / name, lambda f: f.write_text(json.dumps(value, indent=2) + "\n"))
 
     def save_state(self, phase, step, model=None, optimizer=None):
-        state = {"phase": phase, "step": step, "seconds": self.seconds}
+        state = {"phase": phase, "step": step, "seconds": self.seconds()}
         if model is not None:
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         os.fsync(self.metrics.fileno())           # the curve is on disk before the state that continues it
@@ -376,7 +377,10 @@ class Run:
         if phase.fade:
             model.clear_control_rows()
         if phase.out:
-            self.save_model(model, phase.out, phase=phase.name, target_cr=phase.cr and phase.cr[1])
+            loss, cr, heads = evaluate(model, self.val_tokens, s)
+            self.save_model(model, phase.out, phase=phase.name, target_cr=phase.cr and phase.cr[1], loss=loss, cr=cr,
+                            heads=heads)
+            print(f"{'':<12}validation {loss:.4f} nats per byte at CR {cr:.2f}, through the cache; saved {self.out / phase.out}")
         self.save_state(index + 1, 0)
         self.stop_if_asked()
 
@@ -385,8 +389,10 @@ class Run:
         if self.stop:
             raise KeyboardInterrupt
 
+    def seconds(self):
+        return self.seconds_before + time.perf_counter() - self.started
+
     def clock(self, decided, seconds):
-        self.seconds += seconds
         steps, total = self.pace.get(decided, (0, 0.0))
         self.pace[decided] = steps + 1, total + seconds
 
@@ -429,25 +435,26 @@ class Run:
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_atomically(path, lambda f: f.write_text(text))
 
-    def measure(self, folder, cache=None):
-        self.stop_if_asked()
-        model = dmc.load(self.out / folder, device=self.device)
-        return evaluate(model, self.val_tokens, self.settings, cache and pooling_cache(model.Cache, cache))
+    def figures(self, folder):
+        """What was measured when a phase ended: a dict with loss, cr and heads."""
+        return read_json(self.out / folder / "config.json")
 
     def report(self):
-        """Measure every model through its cache, print the table and the heat map, write summary.json."""
-        began = time.perf_counter()
-        summary = {"pretrained": self.measure("pretrained")[0], "control": self.measure("control")[0], "dmc": []}
-        for cr in self.settings.kept():
-            loss, reached, heads = self.measure(f"cr{cr:g}")
-            pooled = self.measure("control", cache=max(1, round(reached)))[0]
-            summary["dmc"].append({"target": cr, "cr": reached, "loss": loss, "pooling": pooled, "heads": heads})
-        self.seconds += time.perf_counter() - began
-        summary |= {"seconds": self.seconds, "settings": asdict(self.settings), **provenance()}
+        """Print the table and the heat map, write summary.json. Averaging without learning is measured here: the control
+        with every n tokens averaged, n the nearest whole number to each model's CR."""
+        control = dmc.load(self.out / "control", device=self.device)
+        summary = {"pretrained": self.figures("pretrained")["loss"], "control": self.figures("control")["loss"], "dmc": []}
+        for target in self.settings.kept():
+            entry = {key: self.figures(f"cr{target:g}")[key] for key in ("loss", "cr", "heads")}
+            self.stop_if_asked()
+            pooling = pooling_cache(control.Cache, every=max(1, round(entry["cr"])))
+            pooled = evaluate(control, self.val_tokens, self.settings, pooling)[0]
+            summary["dmc"].append({"target": target, **entry, "pooling": pooled})
+        summary |= {"seconds": self.seconds(), "settings": asdict(self.settings), **provenance()}
         self.write_json("summary.json", summary)
         print(table(summary))
         print(heat_map(summary["dmc"][-1]["heads"]))
-        print(f"\n{self.seconds:.0f} s. Everything is in {self.out}. Next: python generate.py")
+        print(f"\n{summary['seconds']:.0f} s. Everything is in {self.out}. Next: python generate.py")
 
 
 def provenance():
