@@ -971,3 +971,10 @@ def test_help_names_every_flag(script):
     shown = subprocess.run([sys.executable, HERE / script, "--help"], capture_output=True, text=True, check=True).stdout
     flags = [train.flag(f.name) for f in train.fields(train.Settings)] if script == "train.py" else ["--ckpt", "--show-merges"]
     assert all(flag in shown for flag in flags)
+
+
+def test_readme_quotes_what_was_measured():
+    readme, measured = (HERE / "README.md").read_text(), json.loads((HERE / "results/laptop.json").read_text())
+    assert train.table(measured).strip() in readme and train.heat_map(measured["dmc"][-1]["heads"]).strip() in readme
+    for field in train.fields(train.Settings):       # measured with the defaults that the code has now
+        assert measured["settings"][field.name] == field.default

@@ -57,10 +57,10 @@ class Settings:
     ffn_dim: int = setting(384, "width of the MLP", 11008)
     context: int = setting(128, "tokens per training sequence, and positions of the model", 4096)
     batch: int = setting(8, "sequences per step", 1024)
-    pretrain_steps: int = setting(1000, "steps of pretraining")
+    pretrain_steps: int = setting(900, "steps of pretraining")
     free_steps: int = setting(100, "n of Eq. 12: steps over which the control channels fade", 250)
-    retrofit_steps: int = setting(240, "steps over which the target CR rises from 1 to --cr", 18000)
-    solidify_steps: int = setting(240, "steps at the fixed CR --cr while the learning rate decays; models kept earlier take "
+    retrofit_steps: int = setting(200, "steps over which the target CR rises from 1 to --cr", 18000)
+    solidify_steps: int = setting(220, "steps at the fixed CR --cr while the learning rate decays; models kept earlier take "
                                   "so many more that all end after as many steps", 2000)
     cr: float = setting(4.0, "the compression ratio to reach")
     keep: list = setting(None, "CRs at which a model is kept and solidified [2, 3, ... and --cr; paper: 4]", [4.0],
@@ -71,7 +71,7 @@ class Settings:
     cr_weight: float = setting(2.0, "weight of the compression loss; Eq. 11 has 1", 1.0)
     window: int = setting(12, "w: tokens that an average covers at most; 0: the whole segment")
     tau: float = setting(0.2, "temperature of Eq. 8", 0.1)
-    c: float = setting(5.0, "offset of Eq. 8")
+    c: float = setting(3.0, "offset of Eq. 8", 5.0)
     warmup: int = setting(10, "steps over which each phase's learning rate rises from 0; 0: none")
     weight_decay: float = setting(0.1, "AdamW's weight decay, on matrices")
     beta2: float = setting(0.95, "AdamW's second beta; the first is 0.9")
@@ -380,7 +380,7 @@ class Run:
             loss, cr, heads = evaluate(model, self.val_tokens, s)
             self.save_model(model, phase.out, phase=phase.name, target_cr=phase.cr and phase.cr[1], loss=loss, cr=cr,
                             heads=heads)
-            print(f"{'':<12}validation {loss:.4f} nats per byte at CR {cr:.2f}, through the cache; saved {self.out / phase.out}")
+            print(f"{'':<12}validation {loss:.4f} nats per byte at CR {cr:.2f}, through the cache -> {self.out / phase.out}")
         self.save_state(index + 1, 0)
         self.stop_if_asked()
 
