@@ -50,17 +50,17 @@ class Settings:
     data: list = setting(None, "text files in UTF-8 [the sources of Python's standard library]", nargs="+", metavar="FILE",
                          type=lambda path: str(Path(path).resolve()))
     seed: int = setting(0, "seed of the weights, the order of the data and the decisions' noise")
-    layers: int = setting(4, "L, layers", 32)
+    layers: int = setting(3, "L, layers", 32)
     heads: int = setting(4, "H, query heads", 32)
     kv_heads: int = setting(4, "G, key-value heads; divides H", 32)
     dim: int = setting(128, "width of the residual stream; H divides it", 4096)
     ffn_dim: int = setting(384, "width of the MLP", 11008)
     context: int = setting(128, "tokens per training sequence, and positions of the model", 4096)
     batch: int = setting(8, "sequences per step", 1024)
-    pretrain_steps: int = setting(900, "steps of pretraining")
+    pretrain_steps: int = setting(1100, "steps of pretraining")
     free_steps: int = setting(100, "n of Eq. 12: steps over which the control channels fade", 250)
-    retrofit_steps: int = setting(200, "steps over which the target CR rises from 1 to --cr", 18000)
-    solidify_steps: int = setting(220, "steps at the fixed CR --cr while the learning rate decays; models kept earlier take "
+    retrofit_steps: int = setting(240, "steps over which the target CR rises from 1 to --cr", 18000)
+    solidify_steps: int = setting(260, "steps at the fixed CR --cr while the learning rate decays; models kept earlier take "
                                   "so many more that all end after as many steps", 2000)
     cr: float = setting(4.0, "the compression ratio to reach")
     keep: list = setting(None, "CRs at which a model is kept and solidified [2, 3, ... and --cr; paper: 4]", [4.0],
