@@ -105,7 +105,7 @@ def relaxed_decision(logit, config, noise, start=True):
         u = torch.rand_like(x).clamp_(1e-6, 1 - 1e-6)
         x = (x + torch.logit(u)) / config.tau     # the difference of two Gumbel samples is one logistic sample
     else:
-        x = torch.where(x > 0, torch.inf, -torch.inf)
+        x = torch.where(x > 0, torch.inf, -torch.inf).to(x.dtype)
     if start:
         x = torch.cat([torch.full_like(x[..., :1], -torch.inf), x[..., 1:]], dim=-1)
     return torch.sigmoid(x), F.logsigmoid(-x)     # log(1 - sigmoid(x)) = logsigmoid(-x), exact where alpha is near 1
@@ -190,8 +190,8 @@ def attend(q, k, v, keep=None):
 def compression_loss(alpha, cr):
     """Eq. 10: max(0, sum(1 - alpha) - L G T / CR) / (L G T), a one-sided pull of the slots kept towards 1 / CR.
 
-    alpha (L, B, G, T), or a list of L tensors (B, G, T); sums run over layers, heads and tokens. Each sequence is held
-    to the target by itself and the result, a scalar, is the mean over sequences. Added to the LM loss (Eq. 11).
+    alpha (L, B, G, T), or a list of L tensors (B, G, T); sums run over layers, heads and tokens. Eq. 10 speaks of one
+    sequence: each is held to the target by itself, and the result, a scalar, is their mean. Added to the LM loss (Eq. 11).
     """
     alpha = torch.stack(list(alpha))
     kept = (1 - alpha).mean(dim=(0, 2, 3))
@@ -247,7 +247,8 @@ class Cache:
     Per layer, `keys` and `values` (B, G, S, D) hold the slots, S >= the longest head's length; `lengths` (L, B, G)
     counts those in use. A slot's key is rotated at the position of the latest token in it, but keys are averaged before
     rotation, so the open (last) segment is also remembered un-rotated: without a window as z and the running averages;
-    with a window as its last w tokens, from which the average is recomputed at each step, so that nothing drifts.
+    with a window as its last w tokens, from which the average is recomputed at each step, so that nothing drifts. The
+    paper speaks of the window in training only; keeping it here makes inference equal to training.
     """
 
     def __init__(self, config, batch, device=None, dtype=torch.float32):
@@ -365,7 +366,11 @@ class Cache:
 # ----------------------------------------------------------------------------------------------------- a Llama
 
 class Attention(nn.Module):
-    """Grouped-query attention in which each key-value head runs its own memory."""
+    """Grouped-query attention in which each key-value head runs its own memory.
+
+    Where the paper leaves it open, as the authors' code has it: keys are averaged before rotation, and an average is
+    rotated at the position of its latest token.
+    """
 
     def __init__(self, config, ops):
         super().__init__()

@@ -2,7 +2,7 @@
 
     python generate.py                                 the newest run's most compressed model continues a prompt
     python generate.py --ckpt runs/1/cr2 --prompt "import os"
-    python generate.py --show-merges 2.1               the prompt, cut into the segments that layer 2, head 1 merged
+    python generate.py --show-merges 0.0               the prompt, cut into the segments that layer 0, head 0 merged
     python generate.py --cache full                    the same weights, every token kept
 """
 
@@ -20,7 +20,7 @@ import dmc
 from dmc import InputError, Tokenizer
 from train import Parser, read_text, runs_by_number
 
-PROMPT = "    def __init__(self, name, value=None):\n        "
+PROMPT = "import os\nimport sys\n\ndef "
 SEGMENT_COLOURS = ("\033[48;5;24m\033[97m", "\033[48;5;94m\033[97m", "\033[48;5;29m\033[97m")
 RESET = "\033[0m"
 
@@ -135,7 +135,7 @@ def number(low, high=float("inf"), kind=float):
 def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--ckpt", type=Path, help="folder of a model or of a run [the newest run in runs]")
-    parser.add_argument("--prompt", default=PROMPT, help="text to continue [the start of a Python method]")
+    parser.add_argument("--prompt", default=PROMPT, help="text to continue [the start of a Python file]")
     parser.add_argument("--prompt-file", type=Path, help="read the prompt from a file")
     parser.add_argument("--tokens", type=number(1, kind=int), help="how many to generate [until the positions end]")
     parser.add_argument("--samples", type=number(1, kind=int), default=1, help="how many continuations [1]")

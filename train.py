@@ -380,7 +380,7 @@ class Run:
             loss, cr, heads = evaluate(model, self.val_tokens, s)
             self.save_model(model, phase.out, phase=phase.name, target_cr=phase.cr and phase.cr[1], loss=loss, cr=cr,
                             heads=heads)
-            print(f"{'':<12}validation {loss:.4f} nats per byte at CR {cr:.2f}, through the cache -> {self.out / phase.out}")
+            print(f"{'':<12}validation {loss:.4f} nats per byte at CR {cr:.2f} -> {self.out / phase.out}")
         self.save_state(index + 1, 0)
         self.stop_if_asked()
 
