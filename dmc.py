@@ -336,8 +336,7 @@ class Cache:
     def _prefill(self, layer, q, k, v, alpha, omega):
         """T tokens into an empty cache at once: the training form with alpha in {0, 1}, then only the survivors stay."""
         T, W = q.size(2), self.config.window
-        merge = alpha > 0.5
-        merge[..., 0] = False
+        merge = alpha > 0.5                                          # what token 0 says is never asked
         k_mean, v_mean = accumulate(wide(k), wide(v), merge, omega, W)
         k_rot, q_rot = (rotate_heads(x, self.cos[:T], self.sin[:T], self.gain) for x in (k_mean.to(k.dtype), q))
         keep = torch.zeros_like(omega).masked_fill(merge, -torch.inf)

@@ -654,7 +654,20 @@ def test_a_run_yields_its_models_and_its_table(finished, capsys):
     assert train.main(["--out", str(finished), "--resume"]) == 0          # a finished run only shows its table again
     shown = capsys.readouterr().out
     assert "DMC 3x" in shown and "head 0" in shown and "control" in shown
+    assert not any(row.any() for row in train.control_rows(dmc.load(finished / "freed")))
+    assert any(row.any() for row in train.control_rows(dmc.load(finished / "cr3")))
     assert not dmc.load(finished / "control").config.dmc and dmc.load(finished / "cr2").config.dmc
+
+
+def test_every_track_of_a_run_reads_the_same_data(tmp_path, text):
+    positions = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "batch", lambda tokens, s, position, device, batch=train.batch:
+                      positions.append(position) or batch(tokens, s, position, device))
+        assert train.main(["--out", str(tmp_path / "run"), "--data", text, *TINY]) == 0
+    assert positions[:14] == list(range(14))                     # pretrain, free, retrofit
+    assert positions[14:20] == list(range(11, 17))               # solidify at CR 2, left after step 2 of 5
+    assert positions[20:23] == [14, 15, 16] and positions[23:] == list(range(6, 17))
 
 
 @given(died_at=st.integers(0, 30), again_at=st.integers(0, 30))

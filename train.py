@@ -463,7 +463,7 @@ def provenance():
     cpu = next((line.split(":")[1].strip() for line in read_lines("/proc/cpuinfo") if line.startswith("model name")),
                platform.processor())
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, {torch.get_num_threads()} threads"
-    return {"date": time.strftime("%Y-%m-%d"), "command": shlex.join(["python", *sys.argv]),
+    return {"date": time.strftime("%Y-%m-%d"), "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
             "commit": git.stdout.strip() or None, "device": device,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
 
