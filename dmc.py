@@ -73,12 +73,10 @@ class Config:
                              f"choose a number of key-value heads that divides {self.n_head}.")
         if self.head_dim is None:
             if self.dim % self.n_head:
-                raise InputError(f"dim {self.dim} does not divide into {self.n_head} heads; "
-                                 "choose a multiple, or give head_dim.")
+                raise InputError(f"dim {self.dim} is no multiple of {self.n_head} heads; choose one, or give head_dim.")
             object.__setattr__(self, "head_dim", self.dim // self.n_head)
         if self.head_dim < 4 or self.head_dim % 2:
-            raise InputError(f"head_dim is {self.head_dim}; rotary embedding and the control channel need an even "
-                             "number of at least 4.")
+            raise InputError(f"head_dim is {self.head_dim}; rotary embedding needs an even number, of at least 4 here.")
         if self.window is not None and self.window < 1:
             raise InputError(f"window is {self.window}; give at least 1, or None for the whole segment.")
         if not self.tau > 0:

@@ -199,6 +199,7 @@ def run(args):
 
 
 def main(argv=None):
+    sys.stdout.reconfigure(errors="replace")      # a terminal that cannot show a character shows ? instead
     try:
         run(parse(argv))
         return 0

@@ -517,7 +517,8 @@ def parse(argv):
     parser.add_argument("--out", type=Path, help="folder of the run [runs/1, or the next number that is free]")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, or the newest one")
     parser.add_argument("--preset", choices=["laptop", "paper"], default="laptop",
-                        help="which defaults: the small model's, or the paper's for Llama 2 7B, as given in brackets")
+                        help="which defaults: the small model's, or the paper's for Llama 2 7B, as given in brackets; these "
+                             "are here to read and to build on, no laptop holds them")
     for f in fields(Settings):
         argument = {"type": f.type if f.type in (int, float) else None, **f.metadata["argument"]}
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, **argument)
@@ -547,6 +548,7 @@ def open_run(argv):
 
 def main(argv=None):
     torch.set_flush_denormal(True)      # products of many small alphas are denormal, which CPUs are slow at
+    sys.stdout.reconfigure(errors="replace")      # a terminal that cannot show a character shows ? instead
     run = None
     try:
         run, carry_out = open_run(argv)
