@@ -465,12 +465,15 @@ class Transformer(nn.Module):
             alphas.append(alpha)
         return self.lm_head(self.norm(x)), torch.stack(alphas) if gain is None else None
 
-    @torch.no_grad()
+    def control_rows(self):
+        """Views, without gradient, of the projections' rows that feed the control channels: (heads, dim) each."""
+        return [proj.weight.detach()[::self.config.head_dim] for layer in self.layers
+                for proj in (layer.self_attn.q_proj, layer.self_attn.k_proj)]
+
     def clear_control_rows(self):
-        """Zero the rows of the projections that feed the control channels: every decision logit starts at 0 - c."""
-        for layer in self.layers:
-            for proj in (layer.self_attn.q_proj, layer.self_attn.k_proj):
-                proj.weight[::self.config.head_dim] = 0
+        """Zero those rows, after which every decision logit starts at 0 - c."""
+        for rows in self.control_rows():
+            rows.zero_()
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -492,6 +495,17 @@ def write_atomically(path, write):
         raise InputError(f"{path} cannot be written ({error.strerror}); choose another folder or free some space.") from None
 
 
+def write_json(path, value):
+    write_atomically(path, lambda f: f.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        raise InputError(f"{path} is missing or damaged; give the folder of a run or of a checkpoint.") from None
+
+
 def save(model, path, **facts):
     """Write a folder: model.safetensors and config.json, which holds the Config and `facts`, anything JSON.
 
@@ -500,8 +514,7 @@ def save(model, path, **facts):
     path, config = Path(path), json.dumps(asdict(model.config))
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}       # tied weights once
     write_atomically(path / "model.safetensors", lambda f: save_file(weights, f, metadata={"config": config}))
-    text = json.dumps({**asdict(model.config), **facts}, indent=2) + "\n"
-    write_atomically(path / "config.json", lambda f: f.write_text(text))
+    write_json(path / "config.json", {**asdict(model.config), **facts})
 
 
 def load(path, ops=None, device=None, **changes):
@@ -544,11 +557,7 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, path):
         """The tokenizer of a checkpoint, by what its config.json says. Raises InputError where it names none."""
-        try:
-            name = json.loads((Path(path) / "config.json").read_text()).get("tokenizer")
-        except (OSError, ValueError):
-            raise InputError(f"{path} holds no readable config.json; give the folder of a checkpoint.") from None
-        if name != "bytes":
+        if read_json(Path(path) / "config.json").get("tokenizer") != "bytes":
             raise InputError(f"{path} names no tokenizer that is known here; write it with train.py.")
         return cls.bytes()
 

@@ -8,7 +8,6 @@
 
 import argparse
 import codecs
-import json
 import os
 import sys
 from functools import partial
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 
 import dmc
-from dmc import InputError, Tokenizer
+from dmc import InputError, Tokenizer, read_json
 from train import Parser, read_text, runs_by_number
 
 PROMPT = "import os\nimport sys\n\ndef "
@@ -195,7 +194,7 @@ def run(args):
     if args.show_merges:
         show_merges(args, model, tokenizer, prompt)
     else:
-        stream_samples(args, model, tokenizer, prompt, json.loads((folder / "config.json").read_text()))
+        stream_samples(args, model, tokenizer, prompt, read_json(folder / "config.json"))
 
 
 def main(argv=None):

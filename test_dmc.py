@@ -346,7 +346,7 @@ def test_faded_channels_are_invisible_and_full_ones_are_not(seed, heads):
     tokens = torch.randint(0, 29, (2, 9))
     faded, full = model(tokens, gain=0.0)[0], model(tokens, gain=1.0)[0]
     with torch.no_grad():
-        for row in train.control_rows(model):
+        for row in model.control_rows():
             row.normal_()
     assert_close(model(tokens, gain=0.0)[0], faded)
     assert (model(tokens, gain=1.0)[0] - full).abs().max() > 1e-6
@@ -654,9 +654,14 @@ def test_a_run_yields_its_models_and_its_table(finished, capsys):
     assert train.main(["--out", str(finished), "--resume"]) == 0          # a finished run only shows its table again
     shown = capsys.readouterr().out
     assert "DMC 3x" in shown and "head 0" in shown and "control" in shown
-    assert not any(row.any() for row in train.control_rows(dmc.load(finished / "freed")))
-    assert any(row.any() for row in train.control_rows(dmc.load(finished / "cr3")))
+    assert not any(row.any() for row in dmc.load(finished / "freed").control_rows())
+    assert any(row.any() for row in dmc.load(finished / "cr3").control_rows())
     assert not dmc.load(finished / "control").config.dmc and dmc.load(finished / "cr2").config.dmc
+
+
+def test_provenance_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert train.provenance()["commit"] is None
 
 
 def test_every_track_of_a_run_reads_the_same_data(tmp_path, text):
@@ -776,7 +781,7 @@ def test_evaluation_is_the_loss_through_the_cache_token_by_token():
     torch.manual_seed(0)
     model = Transformer(s.config(dmc=True))
     with torch.no_grad():
-        for row in train.control_rows(model):
+        for row in model.control_rows():
             row.normal_(std=3.0)
     tokens = np.random.default_rng(0).integers(0, 257, 3 * 16 + 1).astype(np.uint16)
     loss, cr, heads = train.evaluate(model, tokens, s)
@@ -843,7 +848,7 @@ def test_sampling_filters():
 def test_segments_are_the_slots_and_spell_the_text(finished):
     model = dmc.load(finished / "cr3")
     with torch.no_grad():
-        for row in train.control_rows(model):
+        for row in model.control_rows():
             row.normal_(std=5.0)
     tokenizer = dmc.Tokenizer.bytes()
     text = "naïve “quotes” and 🙂"

@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 import dmc
-from dmc import Config, InputError, Tokenizer, write_atomically
+from dmc import Config, InputError, Tokenizer, read_json, write_atomically, write_json
 
 # ------------------------------------------------------------------------------------------------ settings
 
@@ -154,13 +155,17 @@ def load_data(settings):
     return train, val
 
 
+def sequences(tokens, starts, length, device):
+    """Inputs and targets, (len(starts), length) each: the tokens from each start on, and those one further."""
+    x = torch.from_numpy(np.stack([tokens[i:i + length + 1] for i in starts]).astype(np.int64)).to(device)
+    return x[:, :-1], x[:, 1:]
+
+
 def batch(tokens, settings, position, device):
-    """The batch at a position of the data: sequences from random places, the same ones for every model that gets there.
-    Returns inputs and targets, (B, T) each."""
+    """The batch at a position of the data: sequences from random places, the same ones for every model that gets there."""
     rng = np.random.default_rng([settings.seed, position])
     starts = rng.integers(0, len(tokens) - settings.context, settings.batch)
-    x = torch.from_numpy(np.stack([tokens[i:i + settings.context + 1] for i in starts]).astype(np.int64)).to(device)
-    return x[:, :-1], x[:, 1:]
+    return sequences(tokens, starts, settings.context, device)
 
 
 # ------------------------------------------------------------------------------------------------ phases
@@ -227,12 +232,6 @@ def new_optimizer(model, s):
     return torch.optim.AdamW(groups, betas=(0.9, s.beta2), eps=s.eps, fused=True)
 
 
-def control_rows(model):
-    """Views of the projections' rows that feed the control channels, (heads, dim) each."""
-    return [p.weight.detach()[::model.config.head_dim] for layer in model.layers
-            for p in (layer.self_attn.q_proj, layer.self_attn.k_proj)]
-
-
 def train_step(model, optimizer, phase, step, inputs, targets, s):
     """One update. Returns the LM loss in nats per token and the CR that the noisy decisions reached, or None."""
     lr = phase.learning_rate(step, s.warmup)
@@ -245,7 +244,7 @@ def train_step(model, optimizer, phase, step, inputs, targets, s):
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-    rows = control_rows(model) if alpha is not None else []
+    rows = model.control_rows() if alpha is not None else []
     before = [row.clone() for row in rows]
     optimizer.step()
     for row, old in zip(rows, before, strict=True):
@@ -273,16 +272,19 @@ def evaluate(model, tokens, s, cache_class=None):
     starts = np.random.default_rng(1).permutation((len(tokens) - 1) // T)[:s.eval_sequences] * T
     losses, slots = [], []
     for part in np.split(starts, range(32, len(starts), 32)):
-        x = torch.from_numpy(np.stack([tokens[i:i + T + 1] for i in part]).astype(np.int64)).to(device)
+        x, y = sequences(tokens, part, T, device)
         cache = (cache_class or model.Cache)(model.config, len(part), device)
-        logits, _ = model(x[:, :-1], cache)
-        losses.append(F.cross_entropy(logits.transpose(1, 2), x[:, 1:], reduction="none").mean(1))
+        logits, _ = model(x, cache)
+        losses.append(F.cross_entropy(logits.transpose(1, 2), y, reduction="none").mean(1))
         slots.append(cache.lengths.transpose(0, 1))
     slots = torch.cat(slots).double()
     return torch.cat(losses).double().mean().item(), (T / slots.mean()).item(), (T / slots.mean(0)).tolist()
 
 
 # ------------------------------------------------------------------------------------------------ a run
+
+BEGINNING = {"phase": 0, "step": 0, "seconds": 0.0}      # the state of a phase, or a run, that has not begun
+
 
 class Run:
     """A run in its folder: trains the phases in order, can stop after any step and go on from the last saved state."""
@@ -302,8 +304,8 @@ class Run:
         """Claim the folder; a run that is already there is never touched."""
         if (self.out / "run.json").exists():
             raise InputError(f"{self.out} already holds a run; add --resume to continue it, or choose another --out.")
-        self.write_json("run.json", self.facts())
-        self.execute(0, 0, None)
+        write_json(self.out / "run.json", self.facts())
+        self.execute(BEGINNING)
 
     def facts(self):
         return {"settings": asdict(self.settings), "train_tokens": len(self.train_tokens),
@@ -314,17 +316,14 @@ class Run:
         if read_json(self.out / "run.json")["text"] != self.facts()["text"]:
             raise InputError(f"the text is not the one that {self.out} was trained on; restore it, or start a new run.")
         path = self.out / "state.pt"
-        state = {"phase": 0, "step": 0, "seconds": 0.0}
+        state = BEGINNING
         if path.exists():
             try:
                 state = torch.load(path, map_location=self.device, weights_only=True)
             except Exception as error:      # torch raises many kinds for a damaged file
                 raise InputError(f"{path} is damaged ({type(error).__name__}); start a new run.") from None
         self.seconds_before = state["seconds"]
-        self.execute(state["phase"], state["step"], state)
-
-    def write_json(self, name, value):
-        write_atomically(self.out / name, lambda f: f.write_text(json.dumps(value, indent=2) + "\n"))
+        self.execute(state)
 
     def save_state(self, phase, step, model=None, optimizer=None):
         state = {"phase": phase, "step": step, "seconds": self.seconds()}
@@ -338,25 +337,25 @@ class Run:
 
     # --- training
 
-    def execute(self, first, step, state):
-        """All phases from `first` on, that one from `step` and `state` on; then the table."""
-        self.trim_metrics(first, step)
+    def execute(self, state):
+        """All phases from where `state` was saved; then the table."""
+        self.trim_metrics(state["phase"], state["step"])
         with (self.out / "metrics.jsonl").open("a", buffering=1) as self.metrics:
-            for index in range(first, len(self.phases)):
-                self.train(index, step, state)
-                step, state = 0, None
+            for index in range(state["phase"], len(self.phases)):
+                self.train(index, state)
+                state = BEGINNING
         self.report()
 
-    def train(self, index, step, state):
-        """One phase from a step on: from its start's weights, or in mid-phase from the saved state."""
-        phase, s = self.phases[index], self.settings
+    def train(self, index, state):
+        """One phase: from its start's weights, or in mid-phase from the saved state."""
+        phase, s, step = self.phases[index], self.settings, state["step"]
         if phase.start is None:
             torch.manual_seed(s.seed)
             model = dmc.Transformer(s.config(phase.dmc)).to(self.device)
         else:
             model = dmc.load(self.out / phase.start, device=self.device, dmc=phase.dmc)
         optimizer = new_optimizer(model, s)
-        if state and "model" in state:
+        if "model" in state:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
         while step < phase.steps:
@@ -451,20 +450,23 @@ class Run:
             pooled = evaluate(control, self.val_tokens, self.settings, pooling)[0]
             summary["dmc"].append({"target": target, **entry, "pooling": pooled})
         summary |= {"seconds": self.seconds(), "settings": asdict(self.settings), **provenance()}
-        self.write_json("summary.json", summary)
+        write_json(self.out / "summary.json", summary)
         print(table(summary))
         print(heat_map(summary["dmc"][-1]["heads"]))
         print(f"\n{summary['seconds']:.0f} s. Everything is in {self.out}. Next: python generate.py")
 
 
 def provenance():
-    """What stands behind a figure: command, commit, versions, device."""
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+    """What stands behind a figure: command, commit (None outside a clone, or without git), versions, device."""
+    commit = None
+    if shutil.which("git"):
+        git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+        commit = git.stdout.strip() or None
     cpu = next((line.split(":")[1].strip() for line in read_lines("/proc/cpuinfo") if line.startswith("model name")),
                platform.processor())
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, {torch.get_num_threads()} threads"
     return {"date": time.strftime("%Y-%m-%d"), "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "commit": git.stdout.strip() or None, "device": device,
+            "commit": commit, "device": device,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
 
 
@@ -493,13 +495,6 @@ def read_lines(path):
         return Path(path).read_text().splitlines()
     except OSError:
         return []
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError):
-        raise InputError(f"{path} is missing or damaged; there is no run to continue there.") from None
 
 
 def runs_by_number():
