@@ -28,11 +28,15 @@ A *segment* is a run of tokens that share one slot. The *control channels* are c
 import json
 import math
 import os
+import re
 import sys
-from dataclasses import asdict, dataclass
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import tiktoken
 import torch
 import torch.nn.functional as F
@@ -57,6 +61,7 @@ class Config:
     max_seq_len: int             # positions
     head_dim: int | None = None  # D; None: dim / H
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None   # {"rope_type": "linear", "factor": ...} or {"rope_type": "llama3", ...}
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     dmc: bool = True             # False: a plain Llama, channel 0 is a channel like any other
@@ -66,8 +71,8 @@ class Config:
 
     def __post_init__(self):
         for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "dim", "ffn_dim", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; give at least 1.")
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)!r}; give a whole number of at least 1.")
         if self.n_head % self.n_kv_head:
             raise InputError(f"{self.n_head} query heads cannot share {self.n_kv_head} key-value heads evenly; "
                              f"choose a number of key-value heads that divides {self.n_head}.")
@@ -81,6 +86,18 @@ class Config:
             raise InputError(f"window is {self.window}; give at least 1, or None for the whole segment.")
         if not self.tau > 0:
             raise InputError(f"tau is {self.tau}; a temperature is above 0.")
+        self._check_rope()
+
+    def _check_rope(self):
+        scaling = self.rope_scaling or {"rope_type": "default"}
+        needed = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+                                                                   "original_max_position_embeddings")}
+        if scaling.get("rope_type") not in needed:
+            raise InputError(f"the rotary embedding is of type {scaling.get('rope_type')}; only {', '.join(needed)} work here.")
+        numbers = {"rope_theta": self.rope_theta, **{name: scaling.get(name) for name in needed[scaling["rope_type"]]}}
+        for name, value in numbers.items():
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise InputError(f"{name} of the rotary embedding is {value}; give a number above 0.")
 
 
 # ------------------------------------------------------------------------------------------------ the equations
@@ -212,11 +229,27 @@ def scale_control(x, gain):
 
 # ------------------------------------------------------------------------------------------- rotary embedding
 
+def rotary_frequencies(config, device=None):
+    """Radians per position, (D / 2,), in fp64, after what was done to them to reach further than the first training did.
+
+    linear: all slower by a factor. llama3: waves longer than the original context / low_freq_factor slower by a factor, those
+    shorter than the context / high_freq_factor as they were, and between the two a mixture.
+    """
+    channel = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device)
+    frequency = config.rope_theta ** (-channel / config.head_dim)
+    scaling = config.rope_scaling or {}
+    if scaling.get("rope_type") == "linear":
+        return frequency / scaling["factor"]
+    if scaling.get("rope_type") == "llama3":
+        waves = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)      # that fit into the context
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        return torch.lerp(frequency / scaling["factor"], frequency, ((waves - low) / (high - low)).clamp(0, 1))
+    return frequency
+
+
 def rotary_table(config, length, device=None):
     """cos and sin of the angles of positions 0 .. length - 1, (length, D / 2) each, in fp64: angles grow large."""
-    channel = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device)
-    position = torch.arange(length, dtype=torch.float64, device=device)
-    angle = position[:, None] * config.rope_theta ** (-channel / config.head_dim)
+    angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * rotary_frequencies(config, device)
     return angle.cos(), angle.sin()
 
 
@@ -224,7 +257,7 @@ def rotate(x, cos, sin):
     """Rotary embedding. x (..., T, D); cos, sin (T, D / 2). Channel i turns together with channel i + D / 2."""
     a, b = wide(x).chunk(2, dim=-1)
     cos, sin = cos.to(a.dtype), sin.to(a.dtype)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], dim=-1).to(x.dtype)
 
 
 def rotate_heads(x, cos, sin, gain):
@@ -253,7 +286,8 @@ class Cache:
         L, B, G, D, W = config.n_layer, batch, config.n_kv_head, config.head_dim, config.window or 1
         self.config = config
         self.gain = 0.0 if config.dmc else 1.0
-        self.cos, self.sin = rotary_table(config, config.max_seq_len, device)
+        self.decides = None                                          # whether tokens come with decisions; the first call says
+        self.cos = self.sin = torch.zeros(0, config.head_dim // 2, device=device)     # of as many positions as were needed
         self.lengths = torch.zeros(L, B, G, dtype=torch.long, device=device)
         self.seen = [0] * L                                          # tokens, per layer
         empty = torch.zeros(B, G, 0, D, device=device, dtype=dtype)
@@ -278,15 +312,21 @@ class Cache:
     def attend(self, layer, q, k, v, alpha=None, omega=None):
         """Take T >= 1 further tokens into one layer's cache and attend from each of them. Returns y (B, H, T, D).
 
-        q (B, H, T, D); k, v (B, G, T, D), none rotated; alpha in {0, 1}, omega (B, G, T). alpha None: append them all.
-        Raises InputError when the positions run out.
+        q (B, H, T, D); k, v (B, G, T, D), none rotated; alpha in {0, 1}, omega (B, G, T). alpha None, in every call or in none:
+        nothing is decided, and all are appended. Raises InputError when the positions run out.
         """
         T = q.size(2)
+        if self.decides not in (None, alpha is not None):
+            raise ValueError("a cache takes decisions in every call or in none")
+        self.decides = alpha is not None
         if self.seen[layer] + T > self.config.max_seq_len:
             raise InputError(f"{self.seen[layer] + T} tokens do not fit the model's {self.config.max_seq_len} "
                              "positions; give a shorter prompt or generate fewer tokens.")
+        if self.seen[layer] + T > len(self.cos):
+            table = rotary_table(self.config, min(2 * (self.seen[layer] + T), self.config.max_seq_len), k.device)
+            self.cos, self.sin = (x.to(self.open_omega.dtype) for x in table)
         if alpha is None:
-            alpha, omega = torch.zeros_like(k[..., 0]), torch.ones_like(k[..., 0])
+            return self._append(layer, q, k, v)
         omega = omega.to(self.open_omega.dtype)
         if self.seen[layer] == 0 and T > 1:
             return self._prefill(layer, q, k, v, alpha, omega)
@@ -307,6 +347,22 @@ class Cache:
         used = used.repeat_interleave(q.size(1) // k.size(1), dim=1)[:, :, None]          # (B, H, 1, S)
         return F.scaled_dot_product_attention(rotate_heads(q, cos, sin, self.gain), self.keys[layer],
                                               self.values[layer], attn_mask=used, enable_gqa=True)
+
+    def _append(self, layer, q, k, v):
+        """T tokens, each into a slot of its own in every head: the cache of a Transformer without DMC."""
+        start, end = self.seen[layer], self.seen[layer] + q.size(2)
+        q, k = (rotate_heads(x, self.cos[start:end], self.sin[start:end], self.gain) for x in (q, k))
+        self.seen[layer], missing = end, end - self.keys[layer].size(2)
+        self.lengths[layer] = end
+        for slots, new in ((self.keys, k), (self.values, v)):
+            if missing > 0:
+                slots[layer] = F.pad(slots[layer], (0, 0, 0, missing if start == 0 else max(missing, 256)))
+            slots[layer][:, :, start:end] = new
+        if start == 0:
+            return attend(q, k, v)
+        seen = None if start + 1 == end else torch.ones(end - start, end, dtype=torch.bool, device=k.device).tril(start)
+        return F.scaled_dot_product_attention(q, self.keys[layer][:, :, :end], self.values[layer][:, :, :end], attn_mask=seen,
+                                              enable_gqa=q.size(1) != k.size(1))
 
     def _average(self, layer, k, v, merge, omega):
         """The open segment's key and value, un-rotated, with this token in them: (B, G, 1, D) each."""
@@ -431,23 +487,24 @@ class Transformer(nn.Module):
         super().__init__()
         ops = ops or sys.modules[__name__]
         self.config, self.Cache = config, ops.Cache
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
         self.layers = nn.ModuleList(Block(config, ops) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         for name, p in self.named_parameters():
-            if p.dim() > 1:     # what writes into the residual stream starts smaller, so that its sum does not grow
+            if p.dim() > 1 and not p.is_meta:    # what adds to the residual stream starts smaller
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(self, tokens, cache=None, noise=False, gain=None):
+    def forward(self, tokens, cache=None, noise=False, gain=None, last=False):
         """tokens (B, T) -> logits (B, T, vocab), alpha (L, B, G, T) or None where nothing is decided.
 
         cache: tokens continue the sequences in it. noise: relaxed, noisy decisions (Eq. 8), for training only.
         gain: Eq. 12's factor on the control channels, 1 (plain Llama) to 0, nothing decided; None: what config.dmc says.
         With a cache, gain must agree with the cache's own: 0 for a DMC model, 1 for a plain one.
+        last: logits of the last token only, (B, 1, vocab), which is all that generating needs.
         """
         if gain is None and not self.config.dmc:
             gain = 1.0
@@ -463,7 +520,8 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.layers):
             x, alpha = layer(x, i, cos, sin, cache, noise, gain)
             alphas.append(alpha)
-        return self.lm_head(self.norm(x)), torch.stack(alphas) if gain is None else None
+        x = self.norm(x[:, -1:] if last else x)
+        return self.lm_head(x), torch.stack(alphas) if gain is None else None
 
     def control_rows(self):
         """Views, without gradient, of the projections' rows that feed the control channels: (heads, dim) each."""
@@ -476,7 +534,7 @@ class Transformer(nn.Module):
             rows.zero_()
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
+# ------------------------------------------------------------------------------------------------ files
 
 def write_atomically(path, write):
     """write(temporary path), then move it into place: whoever reads `path` sees the old file or the new one, whole.
@@ -491,8 +549,11 @@ def write_atomically(path, write):
         with temporary.open("rb") as f:
             os.fsync(f.fileno())
         temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); choose another folder or free some space.") from None
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise InputError(f"{path} cannot be written ({getattr(error, 'strerror', None) or error}); "
+                         "choose another folder or free some space.") from None
 
 
 def write_json(path, value):
@@ -500,76 +561,488 @@ def write_json(path, value):
 
 
 def read_json(path):
+    """Raises InputError where the file is missing, damaged, or only stands for one that git-lfs did not fetch."""
+    path = Path(path)
     try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError):
-        raise InputError(f"{path} is missing or damaged; give the folder of a run or of a checkpoint.") from None
+        text = path.read_text(encoding="utf-8")
+        if text.startswith(LFS_POINTER):
+            raise InputError(f"{path} is a git-lfs pointer, not the file itself; run git lfs pull in {path.parent}.")
+        return json.loads(text)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; give the folder of a run or of a checkpoint.") from None
+    except (OSError, RecursionError, json.JSONDecodeError, UnicodeDecodeError):
+        raise InputError(f"{path} is damaged; restore it, or give another folder.") from None
 
 
-def save(model, path, **facts):
-    """Write a folder: model.safetensors and config.json, which holds the Config and `facts`, anything JSON.
-
-    The weights' file repeats the Config, so a kill between the two files leaves the old checkpoint or the new one.
-    """
-    path, config = Path(path), json.dumps(asdict(model.config))
-    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}       # tied weights once
-    write_atomically(path / "model.safetensors", lambda f: save_file(weights, f, metadata={"config": config}))
-    write_json(path / "config.json", {**asdict(model.config), **facts})
+LFS_POINTER = "version https://git-lfs.github.com/spec/"
 
 
-def load(path, ops=None, device=None, **changes):
-    """The Transformer in a folder that `save` wrote, with `changes` to its Config, such as dmc=True before a retrofit.
+# ------------------------------------------------------------------------------------------------ checkpoints
 
-    Raises InputError where there is none, or a damaged one.
-    """
-    file = Path(path) / "model.safetensors"
-    if not file.is_file():
-        raise InputError(f"{path} holds no model.safetensors; give the folder of a checkpoint.")
+MODEL_TYPE = "dmc_llama"        # instead of "llama", so that software without DMC refuses the weights
+IN_CONFIG_JSON = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+                  "n_kv_head": "num_key_value_heads", "dim": "hidden_size", "ffn_dim": "intermediate_size",
+                  "max_seq_len": "max_position_embeddings", "head_dim": "head_dim", "norm_eps": "rms_norm_eps",
+                  "rope_theta": "rope_theta", "rope_scaling": "rope_scaling", "tie_embeddings": "tie_word_embeddings"}
+UNSUPPORTED = {"attention_bias": "attention bias", "mlp_bias": "bias in its MLP", "sliding_window": "sliding-window attention",
+               "quantization_config": "quantized weights", "num_local_experts": "a mixture of experts"}
+
+
+def config_to_json(config, **facts):
+    """The Config as Hugging Face's config.json. A DMC model's has a section "dmc" with its settings and `facts`."""
+    values = {theirs: getattr(config, ours) for ours, theirs in IN_CONFIG_JSON.items()}
+    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    if config.dmc:
+        kind = {"architectures": ["DMCLlamaForCausalLM"], "model_type": MODEL_TYPE}
+        facts = {"dmc": {"method": "dmc", "window": config.window, "tau": config.tau, "c": config.c, **facts}}
+    return {**kind, "hidden_act": "silu", **values, **facts}
+
+
+def config_from_json(facts, source="config.json"):
+    """The Config that a config.json holds. Raises InputError, by name, for what this Llama does not have."""
     try:
-        with safe_open(file, framework="pt", device=str(device or "cpu")) as f:
-            config = Config(**{**json.loads(f.metadata()["config"]), **changes})
-            weights = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - f is no dict
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
-        raise InputError(f"{file} is truncated or not a checkpoint of this project ({error}); write it anew.") from None
-    model = Transformer(config, ops).to(device)
-    expected = {name: p.shape for name, p in model.named_parameters()}
-    found = {name: w.shape for name, w in weights.items()}
-    if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
-        raise InputError(f"{file} has other tensors than its configuration says, {wrong[0]} first; write it anew.")
-    model.load_state_dict(weights, strict=False)     # tied weights are in the file once
+        if (kind := facts.get("model_type")) not in ("llama", "mistral", MODEL_TYPE):
+            raise InputError(f"{source} describes a model of type {kind}; only Llama-family ones (llama, mistral) work here.")
+        if missing := [feature for key, feature in UNSUPPORTED.items() if facts.get(key)]:
+            raise InputError(f"{source} describes a model with {missing[0]}, which is not supported here; choose another one.")
+        if (act := facts.get("hidden_act", "silu")) != "silu":
+            raise InputError(f"{source} names the activation {act}; only silu is supported here.")
+        values = {ours: facts[theirs] for ours, theirs in IN_CONFIG_JSON.items() if facts.get(theirs) is not None}
+        values.setdefault("n_kv_head", values.get("n_head"))
+        values.setdefault("norm_eps", 1e-6)                     # what Hugging Face's Llama takes where nothing is said
+        rope = dict(facts.get("rope_parameters") or facts.get("rope_scaling") or {})      # the newer layout, the older
+        values["rope_theta"] = rope.pop("rope_theta", values.get("rope_theta", 10000.0))
+        kind = rope.pop("type", rope.pop("rope_type", None if rope else "default"))       # "type" is an older name
+        values["rope_scaling"] = {"rope_type": kind, **rope} if kind != "default" else None
+        section = facts.get("dmc") or {}
+        if section and section.get("method") != "dmc":
+            raise InputError(f"{source} names the method {section.get('method')}; only dmc is known here.")
+        return Config(dmc=bool(section), **values, **{name: section[name] for name in ("window", "tau", "c") if section})
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{source} is no usable configuration ({type(error).__name__}: {error}); restore it.") from None
+
+
+def read_config(path):
+    """The Config of the checkpoint in a folder, from its config.json."""
+    return config_from_json(read_json(Path(path) / "config.json"), Path(path) / "config.json")
+
+
+def save(model, path, tokenizer=None, shard_bytes=5 * 10 ** 9, **facts):
+    """Write a checkpoint in Hugging Face's layout: safetensors, config.json, and the files of the Tokenizer given.
+
+    facts: anything JSON, such as the CR reached; into the section "dmc", or beside the rest for a plain model, which
+    `transformers` can load. More than shard_bytes of weights are cut into shards with an index.
+    The weights' file repeats config.json, and shards get names that are free: so a kill at any moment leaves the old
+    checkpoint or the new one. Raises InputError where the folder cannot be written; the old one is untouched then.
+    """
+    path, config = Path(path), config_to_json(model.config, **facts)
+    if tokenizer is not None:
+        config |= tokenizer.special_ids
+    shards, size = [{}], 0
+    for name, p in model.named_parameters():                    # tied weights once
+        size += p.nbytes
+        if shards[-1] and size > shard_bytes:
+            shards, size = [*shards, {}], p.nbytes
+        shards[-1]["lm_head.weight" if name == "lm_head.weight" else "model." + name] = p.detach().contiguous()
+    config["torch_dtype"] = str(p.dtype).removeprefix("torch.")
+    metadata = {"format": "pt", "config": json.dumps(config)}
+    index_file, single = path / "model.safetensors.index.json", path / "model.safetensors"
+    stale = set(read_json(index_file)["weight_map"].values()) if index_file.exists() else set()
+    if len(shards) == 1:
+        write_atomically(single, lambda f: save_file(shards[0], f, metadata=metadata))     # goes before any index
+        index_file.unlink(missing_ok=True)
+    else:
+        stem = next(s for s in ("model", "model-b") if f"{s}-00001-of-{len(shards):05}.safetensors" not in stale)
+        files = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        for file, weights in zip(files, shards, strict=True):
+            write_atomically(path / file, lambda f, weights=weights: save_file(weights, f, metadata=metadata))
+        total = sum(p.nbytes for p in model.parameters())
+        where = {name: file for file, weights in zip(files, shards, strict=True) for name in weights}
+        write_json(index_file, {"metadata": {"total_size": total}, "weight_map": where})
+        single.unlink(missing_ok=True)
+    for file in stale:
+        (path / file).unlink(missing_ok=True)
+    write_json(path / "config.json", config)
+    for name, content in (tokenizer.files if tokenizer is not None else {}).items():
+        write_atomically(path / name, lambda f, content=content: f.write_bytes(content))
+
+
+def weight_files(path):
+    """The files that hold a checkpoint's weights: one, or the shards that an index names; safetensors before pickles."""
+    for single in (path / "model.safetensors", path / "pytorch_model.bin"):
+        index = single.with_name(single.name + ".index.json")
+        if single.is_file():
+            return [single]
+        if index.is_file():
+            try:
+                names = sorted(set(read_json(index)["weight_map"].values()))
+                files = [path / Path(name).name for name in names]
+            except (KeyError, TypeError, AttributeError, ValueError):
+                raise InputError(f"{index} is no index of shards; restore it.") from None
+            if missing := [file.name for file in files if not file.is_file()]:
+                raise InputError(f"{path} lacks {listed(missing)}, which {index.name} names; fetch the rest of the checkpoint.")
+            return files
+    raise InputError(f"{path} holds no model.safetensors and no pytorch_model.bin; give the folder of a checkpoint.")
+
+
+def listed(names, limit=4):
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def read_weights(file):
+    """The tensors in one file, by name, mapped to it until they are used; and the config.json that `save` put in, or None."""
+    try:
+        with file.open("rb") as f:
+            if f.read(len(LFS_POINTER)) == LFS_POINTER.encode():
+                raise InputError(f"{file} is a git-lfs pointer, not the weights; run git lfs pull in {file.parent}.")
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as f:
+                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - f is no dict
+                return tensors, json.loads((f.metadata() or {}).get("config", "null"))
+        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)      # unpickles nothing but tensors
+        if not all(isinstance(w, torch.Tensor) for w in tensors.values()):
+            raise TypeError("not all of it is tensors")
+        return tensors, None
+    except InputError:
+        raise
+    except Exception as error:      # torch and safetensors raise many kinds for a damaged file
+        raise InputError(f"{file} is truncated, damaged, or holds more than weights "
+                         f"({type(error).__name__}: {one_line(error)}); fetch or write it anew.") from None
+
+
+def one_line(error):
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def load(path, ops=None, device=None, dtype=None, **changes):
+    """The Transformer in a folder in Hugging Face's layout.
+
+    dtype None: as stored. changes: of its Config, such as dmc=True before a retrofit. Weights that need no conversion stay
+    mapped to their file until used, so loading takes no memory beyond the model's own. Raises InputError where files
+    are missing or damaged, where a tensor is missing, unexpected or misshapen, and for models that are not supported.
+    Weights that are not finite are warned of.
+    """
+    path, weights, saved = Path(path), {}, None
+    for file in weight_files(path):
+        tensors, own = read_weights(file)
+        weights, saved = weights | tensors, own or saved
+    config_file = path / "config.json"
+    facts = read_json(config_file) if config_file.exists() or not saved else saved
+    if saved and saved != facts:        # a kill between two files; or somebody edited one
+        warnings.warn(f"{config_file} differs from what was saved with the weights, which is used.", stacklevel=2)
+        facts = saved
+    config = replace(config_from_json(facts, config_file), **changes)
+
+    weights = {name.removeprefix("model."): w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+    if config.n_layer > len(weights):       # said before that many layers are built
+        raise InputError(f"{path} holds {len(weights)} tensors, too few for {config.n_layer} layers; fetch the rest of it.")
+    with torch.device("meta"):
+        model = Transformer(config, ops)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    tied = weights.pop("lm_head.weight", None) if config.tie_embeddings else None
+    check_weights(path, expected, weights, tied)
+    dtype = dtype or weights["embed_tokens.weight"].dtype
+    weights = {name: w.to(device=device, dtype=dtype) for name, w in weights.items()}
+    if bad := [name for name, w in weights.items() if not w.sum(dtype=torch.promote_types(dtype, torch.float32)).isfinite()]:
+        warnings.warn(f"{path} has weights that are NaN or infinite, in {listed(bad)}; what the model says will be useless.",
+                      stacklevel=2)
+    model.load_state_dict(weights, assign=True, strict=False)
+    if config.tie_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
     return model
+
+
+def check_weights(path, expected, weights, tied):
+    """Every tensor is accounted for. expected: shapes by name; tied: an output matrix where the embedding should serve."""
+    not_float = [f"{name} ({w.dtype})" for name, w in weights.items() if w.dtype not in
+                 (torch.float16, torch.bfloat16, torch.float32, torch.float64)]
+    if not_float:
+        raise InputError(f"{path} has quantized or other unsupported weights: {listed(not_float)}; fetch them in bf16 or fp32.")
+    problems = {"missing": [name for name in expected if name not in weights],
+                "unexpected": [name for name in weights if name not in expected],
+                "of another shape": [f"{name} {tuple(w.shape)}, not {expected[name]}" for name, w in weights.items()
+                                     if name in expected and tuple(w.shape) != expected[name]]}
+    if any(problems.values()):
+        raise InputError(f"{path} has other tensors than its config.json says; " + "; ".join(
+            f"{kind}: {listed(names)}" for kind, names in problems.items() if names) + "; restore the files.")
+    if tied is not None and not torch.equal(tied, weights["embed_tokens.weight"]):
+        raise InputError(f"{path} ties the output matrix to the embedding, yet holds another lm_head.weight; correct "
+                         "tie_word_embeddings in its config.json.")
 
 
 # -------------------------------------------------------------------------------------------------- tokenizer
 
-class Tokenizer:
-    """Text to token ids and back, through a tiktoken Encoding. eos: the id that ends a document."""
+def byte_alphabet():
+    """byte -> the character that byte-level BPE writes for it: itself where it is visible, else one from U+0100 on."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in visible]
+    return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(others)}
 
-    def __init__(self, encoding, eos):
-        self.encoding, self.eos, self.vocab_size = encoding, eos, encoding.n_vocab
+
+BYTE_CHAR = byte_alphabet()
+ALPHABET = frozenset(BYTE_CHAR.values())
+CHAR_BYTE = {ord(char): b for b, char in BYTE_CHAR.items()}
+
+
+def spell_bytes(piece):
+    """The bytes that a piece of byte-level BPE, written in that alphabet, stands for."""
+    return piece.translate(CHAR_BYTE).encode("latin-1")
+
+
+BLANK = "\u2581"                 # what SentencePiece writes for a blank
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
+                   "generation_config.json", "chat_template.jinja")
+NUMERAL = "\\p{N}\U00011de0-\U00011de9\U00016ff4-\U00016ff6"     # with Unicode 17's, which tiktoken does not know yet
+SPLITS = {          # how the known pre-tokenizers cut a text into pieces, each of which is encoded by itself
+    "GPT-2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "single digits, then GPT-2": rf"[{NUMERAL}]|'(?:[sdmt]|ll|ve|re)| ?\p{{L}}+| ?[^\s\p{{L}}{NUMERAL}]+"
+                                 rf"|\s+(?![^\s{NUMERAL}])|\s+",
+    "Llama 3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+               r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "words with all blanks before them": "\u2581*[^\u2581]+|\u2581+",
+    "words with one blank before them": "\u2581?[^\u2581]+|\u2581",
+    "nothing": r"[\s\S]+",
+}
+
+
+def split_name(pre_tokenizer):
+    """The name in SPLITS of what a tokenizer.json's pre_tokenizer does, or a description of one that is not known."""
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
+    names = []
+    for step in steps:
+        kind, pattern = step["type"], (step.get("pattern") or {}).get("Regex")
+        if kind == "ByteLevel" and not step.get("add_prefix_space"):
+            names += ["GPT-2"] if step.get("use_regex", True) else []
+        elif kind == "Digits" and step.get("individual_digits"):
+            names.append("single digits")
+        elif kind == "Split" and pattern == SPLITS["Llama 3"] and step["behavior"] == "Isolated" and not step.get("invert"):
+            names.append("Llama 3")
+        elif kind == "Metaspace" and step.get("replacement") == BLANK:
+            names += ["words with one blank before them"] if step.get("split", True) else []
+        else:
+            names.append(f"{kind} {json.dumps({key: value for key, value in step.items() if key != 'type'})}")
+    return ", then ".join(names) or "nothing"
+
+
+def cut(text, names):
+    """Cut text at the longest of `names` (name -> id) that stand in it. Yields (position, text or id)."""
+    end = 0
+    if names:
+        for match in re.finditer("|".join(map(re.escape, sorted(names, key=len, reverse=True))), text):
+            if match.start() > end:
+                yield end, text[end:match.start()]
+            yield match.start(), names[match[0]]
+            end = match.end()
+    if end < len(text):
+        yield end, text[end:]
+
+
+class Tokenizer:
+    """Text to token ids and back: what a tokenizer.json of Hugging Face describes, carried out by one tiktoken Encoding.
+
+    Two kinds of BPE: over bytes (GPT-2, Llama 3, SmolLM2), and over characters, with U+2581 for blanks and single bytes for
+    characters that the vocabulary lacks (SentencePiece: Llama 2, Mistral). tiktoken knows bytes only, and merges by the
+    rank of the result. SentencePiece fits in thus: ranks 0-255 are the bytes; then come the beginnings of every
+    character's UTF-8, so that characters are assembled before anything else merges; then the characters; then the merged
+    pieces in merge order. A beginning that is left over stands for an unknown character and becomes its bytes' ids.
+
+        vocab_size: 1 + the largest id          stops: the ids that end a text; eos: the first of them, or None
+        prefix: the ids that the file's template puts before a text, such as Llama's beginning-of-text
+        files: name -> content, which `save` writes beside a model; special_ids: config.json's entries for the same
+    """
+
+    def __init__(self, files, special_ids=None, source="tokenizer.json"):
+        """Raises InputError for a damaged tokenizer.json and for whatever could not be done exactly."""
+        self.files, self.special_ids, self.source = files, special_ids or {}, source
+        try:
+            facts = json.loads(files["tokenizer.json"])
+            self._read_blanks(facts.get("normalizer"), facts.get("pre_tokenizer"))
+            self._read_model(facts["model"], facts.get("pre_tokenizer"))
+            self._read_added_tokens(facts.get("added_tokens") or [])
+            self._read_template(facts.get("post_processor"))
+            self._read_decoder(facts.get("decoder"))
+            generation = json.loads(files.get("generation_config.json", "{}"))
+        except InputError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError, RecursionError, OverflowError) as error:
+            raise self._refusal(f"is damaged ({type(error).__name__}: {error})", "restore it") from None
+        self.vocab_size = 1 + max(self.pieces)
+        ends = (np.ravel(source.get("eos_token_id") or []).tolist() for source in (self.special_ids, generation))
+        self.stops = list(dict.fromkeys(i for ids in ends for i in ids))
+        self.eos = self.stops[0] if self.stops else None
 
     @classmethod
     def bytes(cls):
         """The 256 bytes and an end-of-text token: the vocabulary of the small model."""
-        return cls(tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks={bytes([i]): i for i in range(256)},
-                                     special_tokens={"<|endoftext|>": 256}), eos=256)
+        end = {"id": 256, "content": "<|endoftext|>", "special": True, "normalized": False, "single_word": False,
+               "lstrip": False, "rstrip": False}
+        bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        facts = {"version": "1.0", "added_tokens": [end], "normalizer": None, "pre_tokenizer": bytewise, "decoder": bytewise,
+                 "model": {"type": "BPE", "vocab": {char: b for b, char in sorted(BYTE_CHAR.items())}, "merges": []}}
+        return cls({"tokenizer.json": json.dumps(facts, indent=1).encode()}, {"bos_token_id": None, "eos_token_id": 256})
 
     @classmethod
     def from_folder(cls, path):
-        """The tokenizer of a checkpoint, by what its config.json says. Raises InputError where it names none."""
-        if read_json(Path(path) / "config.json").get("tokenizer") != "bytes":
-            raise InputError(f"{path} names no tokenizer that is known here; write it with train.py.")
-        return cls.bytes()
+        """The tokenizer of a checkpoint. Raises InputError where there is none, or one that is not the model's."""
+        path = Path(path)
+        files = {name: (path / name).read_bytes() for name in TOKENIZER_FILES if (path / name).is_file()}
+        if "tokenizer.json" not in files:
+            raise InputError(f"{path} holds no tokenizer.json; copy it there from the model's source.")
+        read_json(path / "tokenizer.json")           # says so if it is a pointer or damaged
+        config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+        special_ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+        tokenizer = cls(files, special_ids, path / "tokenizer.json")
+        rows = config.get("vocab_size", tokenizer.vocab_size)
+        if not tokenizer.vocab_size <= rows <= tokenizer.vocab_size + 1024:      # embeddings are often padded a little
+            raise InputError(f"{path / 'tokenizer.json'} has {tokenizer.vocab_size} ids and the model {rows}; "
+                             "it belongs to another model: copy the right one there.")
+        return tokenizer
 
-    def encode(self, text):
-        return self.encoding.encode_ordinary(text)
+    def _refusal(self, what, remedy="choose a model with another tokenizer"):
+        return InputError(f"{self.source} {what}; {remedy}.")
 
-    def token_bytes(self, ids):
-        return self.encoding.decode_bytes(ids)
+    def _read_blanks(self, normalizer, pre_tokenizer):
+        """self.blanks: where U+2581 is put before text: "never", before "each" section, or as Metaspace's schemes say."""
+        steps = (normalizer or {}).get("normalizers", [normalizer] if normalizer else [])
+        self.normalizes, self.blanks = bool(steps), "never"
+        for step in steps:
+            if step == {"type": "Prepend", "prepend": BLANK}:
+                self.blanks = "each"
+            elif step != {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}:
+                raise self._refusal(f"normalizes text by {step['type']}, which is not supported here")
+        if (pre_tokenizer or {}).get("type") == "Metaspace":
+            self.blanks = pre_tokenizer.get("prepend_scheme") or (
+                "always" if pre_tokenizer.get("add_prefix_space", True) else "never")
 
-    def decode(self, ids):
-        """Bytes that are no UTF-8, as in half a character, become U+FFFD."""
-        return self.encoding.decode(ids)
+    def _read_model(self, model, pre_tokenizer):
+        if (kind := model.get("type") or "BPE") != "BPE":
+            raise self._refusal(f"is of type {kind}; only BPE is supported here")
+        if option := next((o for o in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(o)), None):
+            raise self._refusal(f"uses {option}, which is not supported here")
+        self.over_bytes = "ByteLevel" in json.dumps(pre_tokenizer)
+        if not self.over_bytes and not model.get("byte_fallback"):
+            raise self._refusal("is BPE neither over bytes nor with byte fallback, and nothing else is supported here")
+        vocab, split = {piece: int(i) for piece, i in model["vocab"].items()}, split_name(pre_tokenizer)
+        if split not in SPLITS:
+            raise self._refusal(f"cuts text by an unknown pre-tokenizer, {split[:300]}")
+        if split == "nothing" and not self.over_bytes and not any(BLANK in piece.lstrip(BLANK) for piece in vocab):
+            split = "words with all blanks before them"      # faster, and the same ids: no piece reaches into another word
+        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        merged = [piece for piece in dict.fromkeys(left + right for left, right in merges) if piece in vocab]
+        if model.get("ignore_merges"):       # whole words are looked up before anything merges, as tiktoken does
+            merged += [piece for piece in vocab if len(piece) > 1 and piece not in set(merged)]
+        ids = self._byte_level_ids(vocab, merged) if self.over_bytes else self._sentencepiece_ids(vocab, merged)
+        self.split, self.ids = SPLITS[split], list(ids.values())
+        self.unknown = {rank for rank, ids_of in enumerate(self.ids) if not ids_of}
+        self.encoding = tiktoken.Encoding(str(self.source), pat_str=self.split, special_tokens={},
+                                          mergeable_ranks={piece: rank for rank, piece in enumerate(ids)})
+        self.pieces = {i: self._spelled(piece) for piece, i in vocab.items()}
+
+    @staticmethod
+    def _byte_level_ids(vocab, merged):
+        """In the order of tiktoken's ranks, bytes -> ids: none for a byte that the vocabulary lacks."""
+        ids = {bytes([b]): (vocab[char],) if char in vocab else () for b, char in sorted(BYTE_CHAR.items())}
+        return ids | {spell_bytes(piece): (vocab[piece],) for piece in merged if ALPHABET.issuperset(piece)}
+
+    @staticmethod
+    def _sentencepiece_ids(vocab, merged):
+        """The same: bytes, beginnings of characters (the ids of their bytes), characters, merged pieces."""
+        by_byte = [vocab[f"<0x{b:02X}>"] for b in range(256)]
+        chars = [char for char in vocab if len(char) == 1]
+        ids = {bytes([b]): (by_byte[b],) for b in range(256)}
+        ids |= {char.encode()[:n]: tuple(by_byte[b] for b in char.encode()[:n])
+                for char in chars for n in range(2, len(char.encode()))}
+        return ids | {piece.encode(): (vocab[piece],) for piece in [*chars, *merged]}
+
+    def _spelled(self, piece):
+        """The bytes of text that a piece stands for."""
+        if self.over_bytes:
+            return spell_bytes(piece) if ALPHABET.issuperset(piece) else piece.encode()
+        return bytes([int(piece[3:5], 16)]) if re.fullmatch("<0x[0-9A-F]{2}>", piece) else piece.replace(BLANK, " ").encode()
+
+    def _read_added_tokens(self, tokens):
+        """Names that stand for one token wherever they occur; those marked normalized are looked for after normalizing."""
+        self.raw, self.normalized = ({True: {}, False: {}} for _ in range(2))       # with special ones or not -> name -> id
+        self.special = set()
+        for token in tokens:
+            name, i = token["content"], int(token["id"])
+            if flag := next((flag for flag in ("single_word", "lstrip", "rstrip") if token.get(flag)), None):
+                raise self._refusal(f"marks {name} as {flag}, which is not supported here")
+            names = self.normalized if token.get("normalized") and self.normalizes else self.raw
+            for with_special in (True, False) if not token.get("special") else (True,):
+                names[with_special][self._normalize(name) if names is self.normalized else name] = i
+            self.special |= {i} if token.get("special") else set()
+            self.pieces[i] = name.encode()
+
+    def _read_template(self, post_processor):
+        self.prefix = []
+        for step in (post_processor or {}).get("processors", [post_processor] if post_processor else []):
+            if step["type"] == "TemplateProcessing":
+                kinds = [next(iter(part)) for part in step["single"]]
+                if kinds.count("Sequence") != 1 or kinds[-1] != "Sequence":
+                    raise self._refusal("puts tokens behind every text, which would end it before it began")
+                self.prefix += [i for part in step["single"][:-1]
+                                for i in step["special_tokens"][part["SpecialToken"]["id"]]["ids"]]
+            elif step["type"] != "ByteLevel":        # that one moves offsets only
+                raise self._refusal(f"has the post-processor {step['type']}, which is not supported here")
+
+    def _read_decoder(self, decoder):
+        steps = (decoder or {}).get("decoders", [decoder] if decoder else [])
+        self.strips = not self.over_bytes and any(
+            step["type"] == "Strip" and step.get("start") or
+            step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never" for step in steps)
+
+    def _normalize(self, text):
+        return (BLANK if self.blanks == "each" else "") + text.replace(" ", BLANK)
+
+    def encode(self, text, special=True, prefix=False):
+        """The ids of text. special: names of special tokens in it become those tokens; False: they are text like any other.
+        prefix: with what the template puts before a text. The same ids as Hugging Face's tokenizers, add_special_tokens=prefix.
+        """
+        ids = list(self.prefix) if prefix else []
+        for at, section in cut(text, self.raw[special]):
+            if isinstance(section, str):
+                section = self._normalize(section) if self.normalizes else section
+                for inner_at, part in cut(section, self.normalized[special]):
+                    ids += self._encode(part, first=at + inner_at == 0) if isinstance(part, str) else [part]
+            else:
+                ids.append(section)
+        return ids
+
+    def _encode(self, text, first):
+        """The ids of text without names of tokens in it. first: it opens the whole text."""
+        if not self.over_bytes and not self.normalizes:
+            text = text.replace(" ", BLANK)
+            if (self.blanks == "always" or self.blanks == "first" and first) and not text.startswith(BLANK):
+                text = BLANK + text
+        try:
+            ranks = self.encoding.encode_ordinary(text)
+            if not self.unknown.isdisjoint(ranks):
+                ranks = self._encode_without_unknown(text)
+        except BaseException as error:       # a Rust panic is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise InputError("the text has too many blanks in a row, hundreds of thousands; shorten them.") from None
+        return [i for rank in ranks for i in self.ids[rank]]
+
+    def _encode_without_unknown(self, text):
+        """Bytes that the vocabulary lacks vanish, but only from the pieces: what stood around one in its piece may merge."""
+        import regex  # comes with tiktoken, which has no call that only splits
+
+        known = [bytes(b for b in piece.encode() if b not in self.unknown) for piece in regex.findall(self.split, text)]
+        return [rank for piece in known if piece for rank in self.encoding._encode_single_piece(piece)]
+
+    def token_bytes(self, ids, special=False):
+        """The bytes of ids as they stand inside a text. special: with the names of special tokens."""
+        return b"".join(self.pieces.get(i, b"") for i in ids if special or i not in self.special)
+
+    def decode(self, ids, special=False):
+        """The text of ids, without the blank that encoding put first. Bytes that are no UTF-8, as in half a character, become
+        U+FFFD."""
+        text = self.token_bytes(ids, special).decode("utf-8", "replace")
+        return text.removeprefix(" ") if self.strips else text
 
 
 # ------------------------------------------------------------------------------------------------ worked example

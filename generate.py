@@ -9,19 +9,120 @@
 import argparse
 import codecs
 import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
 import sys
+import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import dmc
-from dmc import InputError, Tokenizer, read_json
-from train import Parser, read_text, runs_by_number
+from dmc import Config, InputError, Tokenizer, Transformer, one_line, read_json, weight_files
 
 PROMPT = "import os\nimport sys\n\ndef "
 SEGMENT_COLOURS = ("\033[48;5;24m\033[97m", "\033[48;5;94m\033[97m", "\033[48;5;29m\033[97m")
 RESET = "\033[0m"
+
+
+# ------------------------------------------------------------------------------------------------ finding models
+
+LLAMA2 = dict(vocab_size=32000, max_seq_len=4096, norm_eps=1e-5)
+SHAPES = {"llama2-7b": dict(n_layer=32, n_head=32, n_kv_head=32, dim=4096, ffn_dim=11008, **LLAMA2),
+          "llama2-13b": dict(n_layer=40, n_head=40, n_kv_head=40, dim=5120, ffn_dim=13824, **LLAMA2),
+          "llama2-70b": dict(n_layer=80, n_head=64, n_kv_head=8, dim=8192, ffn_dim=28672, **LLAMA2)}
+
+
+def random_model(name, ops=None, device=None, dtype=torch.bfloat16, **changes):
+    """A Transformer of a known shape ("llama2-7b", ...) with random weights: to measure speed and memory."""
+    if name not in SHAPES:
+        raise InputError(f"there is no shape {name}; random weights come as {', '.join(SHAPES)}.")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)          # the weights are made in their dtype, never in a larger one
+    try:
+        with torch.device(device or "cpu"):
+            return Transformer(Config(**{**SHAPES[name], "dmc": False, **changes}), ops)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def locate(name):
+    """The folder of a checkpoint: `name` itself, or for llama2-7b, ... and any org/name its place in Hugging Face's cache.
+
+    A model that is not there is fetched if huggingface_hub is installed. Raises InputError where that is impossible.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    repo = f"meta-llama/{name.replace('llama2', 'Llama-2')}-hf" if name in SHAPES else name
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or Path(name).exists():
+        raise InputError(f"{name} is no folder, and no model's name; give the folder of a checkpoint, {', '.join(SHAPES)}, "
+                         "or org/name.")
+    env = os.environ
+    home = Path(env.get("HF_HOME") or Path(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")).expanduser()
+    cached = Path(env.get("HF_HUB_CACHE") or home / "hub").expanduser() / ("models--" + repo.replace("/", "--"))
+    with suppress(OSError, InputError):
+        folder = cached / "snapshots" / (cached / "refs/main").read_text().strip()
+        weight_files(folder)
+        return folder
+    wanted = ["*.json", "*.safetensors"]
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise InputError(f"{name} is no folder, and {repo} is not in {cached.parent}; fetch it with: pip install "
+                         f"huggingface_hub && hf download {repo} --include {' '.join(map(repr, wanted))}") from None
+    try:
+        return Path(snapshot_download(repo, allow_patterns=wanted))
+    except Exception as error:      # its many kinds: no network, no such model, a licence that was not accepted
+        raise InputError(f"{repo} could not be fetched ({type(error).__name__}: {one_line(error)}); "
+                         "check the name, the network, and for models under a licence hf auth login.") from None
+
+
+# ------------------------------------------------------------------------------------------------ shared with train.py
+
+def read_lines(path):
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def runs_by_number():
+    return sorted((p for p in Path("runs").glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; see --help.")
+
+
+def read_text(path, source="--data"):
+    """The text in a file that the flag `source` named."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); check {source}.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text; convert it, or leave it out of {source}.") from None
+
+
+def provenance():
+    """What stands behind a figure: command, commit (None outside a clone, or without git), versions, device."""
+    commit = None
+    if shutil.which("git"):
+        git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+        commit = git.stdout.strip() or None
+    cpu = next((line.split(":")[1].strip() for line in read_lines("/proc/cpuinfo") if line.startswith("model name")),
+               platform.processor())
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, {torch.get_num_threads()} threads"
+    return {"date": time.strftime("%Y-%m-%d"), "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "commit": commit, "device": device,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
 
 
 # ------------------------------------------------------------------------------------------------ sampling
@@ -41,17 +142,17 @@ def sample(logits, temperature, top_k, top_p, rng):
 
 
 @torch.no_grad()
-def generate(model, cache, prompt, count, choose, eos=None, gain=None):
-    """Yield up to `count` token ids that continue `prompt` (ids), each as soon as it is chosen; stop before `eos`.
+def generate(model, cache, prompt, count, choose, stops=(), gain=None):
+    """Yield up to `count` token ids that continue `prompt` (ids), each as soon as it is chosen; end before one of `stops`.
 
     The prompt is taken in at once, then a token at a step. choose(logits (vocab,)) -> id.
     """
     device = next(model.parameters()).device
     tokens = prompt
     for _ in range(count):
-        logits, _ = model(torch.tensor([tokens], device=device), cache, gain=gain)
+        logits, _ = model(torch.tensor([tokens], device=device), cache, gain=gain, last=True)
         token = choose(logits[0, -1].cpu())
-        if token == eos:
+        if token in stops:
             return
         yield token
         tokens = [token]
@@ -63,6 +164,8 @@ def cache_report(cache):
     """Tokens, slots, CR per layer, and bytes used against an uncompressed cache's, as lines of text."""
     slots, tokens = cache.lengths.sum((1, 2)).tolist(), sum(cache.seen) * cache.lengths[0].numel()
     full = tokens * 2 * cache.config.head_dim * cache.keys[0].element_size()
+    if sum(slots) == tokens:
+        return f"{cache.seen[0]} tokens; {tokens:,} slots, {cache.bytes.used:,} bytes of cache, nothing merged"
     layers = "  ".join(f"{i}: {cache.seen[i] * cache.lengths[i].numel() / n:.2f}" for i, n in enumerate(slots))
     return (f"{cache.seen[0]} tokens; {sum(slots):,} slots where an uncompressed cache has {tokens:,}: "
             f"CR {cache.compression_ratio:.2f}\n"
@@ -110,16 +213,14 @@ def show_segments(segments, tokenizer, colour):
 
 # ------------------------------------------------------------------------------------------------ command line
 
-def find_checkpoint(path):
-    """The folder of a model: the one given, or the most compressed model of the run given, or of the newest run."""
-    runs = [path] if path else list(reversed(runs_by_number()))
-    for run in runs:
-        if (run / "model.safetensors").is_file():
-            return run
-        if kept := [p.parent for p in run.glob("cr*/model.safetensors")]:
+def find_checkpoint(name):
+    """The folder of a model: the one named, or the most compressed model of the run named, or of the newest run."""
+    for run in [Path(name)] if name else reversed(runs_by_number()):
+        if kept := [p.parent for p in run.glob("cr*/config.json")]:
             return max(kept, key=lambda folder: float(folder.name[2:]))
-    where = f"{path} holds no checkpoint" if path else "there is no finished run in runs"
-    raise InputError(f"{where}; train one with python train.py, or name a folder with --ckpt.")
+    if not name:
+        raise InputError("there is no finished run in runs; train one with python train.py, or name a model with --ckpt.")
+    return locate(name)
 
 
 def number(low, high=float("inf"), kind=float):
@@ -133,10 +234,13 @@ def number(low, high=float("inf"), kind=float):
 
 def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--ckpt", type=Path, help="folder of a model or of a run [the newest run in runs]")
+    parser.add_argument("--ckpt", metavar="NAME_OR_PATH", help="folder of a model or of a run, llama2-7b, -13b, -70b, or "
+                        "org/name on Hugging Face [the newest run in runs]")
+    parser.add_argument("--random-weights", action="store_true",
+                        help="take only the shape of --ckpt llama2-7b and the like; text is bytes")
     parser.add_argument("--prompt", default=PROMPT, help="text to continue [the start of a Python file]")
     parser.add_argument("--prompt-file", type=Path, help="read the prompt from a file")
-    parser.add_argument("--tokens", type=number(1, kind=int), help="how many to generate [until the positions end]")
+    parser.add_argument("--tokens", type=number(1, kind=int), help="how many to generate [256, or fewer where positions end]")
     parser.add_argument("--samples", type=number(1, kind=int), default=1, help="how many continuations [1]")
     parser.add_argument("--temperature", type=number(0), default=0.7, help="0: always the likeliest token [0.7]")
     parser.add_argument("--top-k", type=number(0, kind=int), default=0, help="sample from the k likeliest; 0: from all [0]")
@@ -162,39 +266,44 @@ def show_merges(args, model, tokenizer, prompt):
 
 def stream_samples(args, model, tokenizer, prompt, facts):
     positions = model.config.max_seq_len
-    count = args.tokens or positions - len(prompt)
+    count = args.tokens or min(256, positions - len(prompt))
     if len(prompt) + count > positions or count < 1:
         wanted = f" and {count} more" if args.tokens else ""
         raise InputError(f"a prompt of {len(prompt)} tokens{wanted} does not fit the model's {positions} positions; "
                          "shorten the prompt or lower --tokens.")
-    device = next(model.parameters()).device
-    gain = None
+    weight, gain = next(model.parameters()), None
     if args.cache == "full":
         print(full_cache_note(model, facts) + "\n")
         gain = 0.0 if model.config.dmc else 1.0          # decides nothing
     for i in range(args.samples):
         rng = torch.Generator().manual_seed(args.seed + i)
         choose = partial(sample, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, rng=rng)
-        cache = model.Cache(model.config, 1, device)
+        cache = model.Cache(model.config, 1, weight.device, weight.dtype)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         print(tokenizer.decode(prompt), end="", flush=True)
-        for token in generate(model, cache, prompt, count, choose, tokenizer.eos, gain):
+        for token in generate(model, cache, prompt, count, choose, tokenizer.stops, gain):
             print(decoder.decode(tokenizer.token_bytes([token])), end="", flush=True)
         print(decoder.decode(b"", final=True) + f"\n\n{cache_report(cache)}\n")
 
 
 def run(args):
-    folder = find_checkpoint(args.ckpt)
-    model = dmc.load(folder, device="cuda" if torch.cuda.is_available() else "cpu").eval()
-    tokenizer = Tokenizer.from_folder(folder)
-    prompt = tokenizer.encode(read_text(args.prompt_file, "--prompt-file") if args.prompt_file else args.prompt)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.random_weights:
+        name, facts, tokenizer = f"{args.ckpt}, random weights", {}, Tokenizer.bytes()
+        model = random_model(args.ckpt, device=device)
+    else:
+        name = find_checkpoint(args.ckpt)
+        model, tokenizer = dmc.load(name, device=device), Tokenizer.from_folder(name)
+        facts = read_json(name / "config.json").get("dmc", {})
+    text = read_text(args.prompt_file, "--prompt-file") if args.prompt_file else args.prompt
+    prompt = tokenizer.encode(text, prefix=True)
     if not prompt:
         raise InputError("the prompt is empty; give at least one character.")
-    print(f"{folder}\n")
+    print(f"{name}\n")
     if args.show_merges:
         show_merges(args, model, tokenizer, prompt)
     else:
-        stream_samples(args, model, tokenizer, prompt, read_json(folder / "config.json"))
+        stream_samples(args, model, tokenizer, prompt, facts)
 
 
 def main(argv=None):

@@ -535,13 +535,14 @@ def test_byte_tokenizer_round_trip(text):
 @pytest.mark.parametrize("tied", [False, True])
 def test_save_and_load_are_bit_exact(tmp_path, tied):
     model = Transformer(config_of((8, 2), window=None, tie_embeddings=tied))
-    dmc.save(model, tmp_path / "a", tokenizer="bytes", note=1)
+    dmc.save(model, tmp_path / "a", phase="solidify", cr=3.9)
     again = dmc.load(tmp_path / "a")
     assert again.config == model.config
     tokens = torch.randint(0, 29, (2, 9))
     assert torch.equal(again(tokens)[0], model(tokens)[0])
-    assert json.loads((tmp_path / "a/config.json").read_text())["note"] == 1
-    assert dmc.Tokenizer.from_folder(tmp_path / "a").vocab_size == 257
+    facts = json.loads((tmp_path / "a/config.json").read_text())
+    assert facts["dmc"] == {"method": "dmc", "window": None, "tau": 0.1, "c": 0.5, "phase": "solidify", "cr": 3.9}
+    assert facts["model_type"] == "dmc_llama"
     assert dmc.load(tmp_path / "a", dmc=False).config.dmc is False
 
 
@@ -567,7 +568,8 @@ def test_a_kill_during_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch, d
         dmc.save(new, tmp_path)
     monkeypatch.undo()
     survivor = new if dies_in == "second file" else old          # whole, either way
-    loaded = dmc.load(tmp_path)
+    with pytest.warns(UserWarning, match="differs") if survivor is new else contextlib.nullcontext():
+        loaded = dmc.load(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), survivor.parameters(), strict=True))
 
 
@@ -584,6 +586,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old"
 
 
+@pytest.mark.filterwarnings("ignore")        # of a damaged copy of the configuration
 @given(st.integers(0, 10 ** 6), st.integers(0, 255))
 def test_damaged_checkpoints_are_refused_in_a_sentence(tmp_path_factory, at, byte):
     folder = tmp_path_factory.mktemp("damaged")
@@ -698,7 +701,8 @@ def test_resume_is_bit_identical(tmp_path_factory, finished, text, died_at, agai
     assert curve(out) == curve(finished)
     ours, theirs = summary(out), summary(finished)
     assert {k: ours[k] for k in ("pretrained", "control", "dmc")} == {k: theirs[k] for k in ("pretrained", "control", "dmc")}
-    assert (out / "cr3/model.safetensors").read_bytes() == (finished / "cr3/model.safetensors").read_bytes()
+    ours, theirs = (dmc.load(run / "cr3").state_dict() for run in (out, finished))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
@@ -722,7 +726,7 @@ def test_control_rows_take_larger_steps_and_nothing_else_does():
     moved = []
     for factor in (1.0, 10.0):
         torch.manual_seed(0)
-        model = Transformer(s.config(dmc=True))
+        model = Transformer(train.replace(s.small_config(), **s.method(dmc=True)))
         start = {name: p.detach().clone() for name, p in model.named_parameters()}
         optimizer = train.new_optimizer(model, s)
         x = torch.randint(0, 257, (2, 17))
@@ -779,7 +783,7 @@ def test_pooling_averages_every_n_tokens(seed, every, split):
 def test_evaluation_is_the_loss_through_the_cache_token_by_token():
     s = train.Settings(layers=2, heads=2, kv_heads=1, dim=16, ffn_dim=16, context=16, eval_sequences=3)
     torch.manual_seed(0)
-    model = Transformer(s.config(dmc=True))
+    model = Transformer(train.replace(s.small_config(), **s.method(dmc=True)))
     with torch.no_grad():
         for row in model.control_rows():
             row.normal_(std=3.0)
@@ -803,7 +807,8 @@ def test_training_text_is_split_by_file(tmp_path):
     for i in range(40):
         files.append(tmp_path / f"{i}.txt")
         files[-1].write_text(chr(65 + i) * 100)
-    train_tokens, val_tokens = train.load_data(train.Settings(data=[str(f) for f in files], context=16))
+    train_tokens, val_tokens = train.load_data(train.Settings(data=[str(f) for f in files], context=16),
+                                                 dmc.Tokenizer.bytes())
     assert len(train_tokens) == 38 * 101 and len(val_tokens) == 2 * 101
     assert not (set(train_tokens) & set(val_tokens)) - {256}
 
@@ -828,7 +833,7 @@ def test_generation_stops_before_the_end_of_text():
     model = model_of(0)
     eos = model(torch.tensor([[1, 2]]))[0][0, -1].argmax().item()
     cache = Cache(model.config, 1, dtype=torch.float64)
-    assert list(generate.generate(model, cache, [1, 2], 5, lambda x: x.argmax().item(), eos=eos)) == []
+    assert list(generate.generate(model, cache, [1, 2], 5, lambda x: x.argmax().item(), stops=[eos])) == []
 
 
 def test_sampling_filters():
@@ -873,7 +878,7 @@ def test_generate_command(finished, capsys):
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] != outputs[2]
     assert outputs[0].startswith(str(finished / "cr3")) and outputs[0].count("CR per layer") == 2
-    assert "never trained to attend without" in outputs[3] and "CR 1.00" in outputs[3]
+    assert "never trained to attend without" in outputs[3] and "nothing merged" in outputs[3]
     assert generate.main(["--ckpt", str(finished / "control"), "--prompt", "3", "--tokens", "2", "--cache", "full"]) == 0
     assert "plain model" in capsys.readouterr().out
     assert generate.main(["--ckpt", str(finished / "cr2"), "--prompt", "3 times 4", "--show-merges", "0.0"]) == 0

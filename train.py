@@ -1,12 +1,13 @@
-"""Retrofit a Llama with DMC, from nothing to a table, on a laptop: `python train.py`.
+"""Retrofit a Llama with DMC. From nothing to a table, on a laptop: `python train.py`. A real one: `--init FOLDER`.
 
 Five phases, each of which starts from the weights that an earlier one left behind:
 
-    pretrain   a small plain Llama learns the text: the model that somebody hands you
+    pretrain   a small plain Llama learns the text; with --init, the model given is measured instead
     free       Eq. 12 fades the control channels out of the scores; then the rows that feed them are set to zero
     retrofit   decisions are on, and the target CR rises linearly from 1; at each whole CR a copy of the weights is kept
     solidify   each kept copy trains on at its fixed CR while the learning rate decays
-    control    the pretrained model trained for as many further steps without compression, to compare with
+    control    the pretrained model trained for as many further steps without compression, to compare with; with --init
+               only if --control asks for it
 
 Everything is written to --out: `run.json` (the settings), `metrics.jsonl` (a line per step), `state.pt` (what --resume
 needs), a folder of weights per model, and `summary.json` (the final table).
@@ -16,16 +17,13 @@ import argparse
 import json
 import math
 import os
-import platform
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import sysconfig
 import time
 import zlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,12 +32,13 @@ import torch.nn.functional as F
 
 import dmc
 from dmc import Config, InputError, Tokenizer, read_json, write_atomically, write_json
+from generate import Parser, locate, provenance, random_model, read_text, runs_by_number
 
 # ------------------------------------------------------------------------------------------------ settings
 
 def setting(laptop, help, paper=None, **argument):
     """A field of Settings that is also a flag. paper: the value for Llama 2 7B, where it differs from the laptop's."""
-    if laptop is not None:
+    if laptop not in (None, False):
         help += f" [{laptop}]" if paper is None else f" [{laptop}; paper: {paper}]"
     return field(default=laptop, metadata={"paper": laptop if paper is None else paper,
                                             "argument": {"help": help, **argument}})
@@ -50,13 +49,19 @@ class Settings:
     """What decides a run. The defaults suit the small model; `--preset paper` takes the paper's (section 4)."""
     data: list = setting(None, "text files in UTF-8 [the sources of Python's standard library]", nargs="+", metavar="FILE",
                          type=lambda path: str(Path(path).resolve()))
+    init: str = setting(None, "model to retrofit: the folder of a checkpoint, llama2-7b, -13b, -70b or org/name on Hugging "
+                        "Face [none: pretrain a small one]", metavar="NAME_OR_PATH")
+    random_weights: bool = setting(False, "take only the shape of --init llama2-7b and the like; weights are random and text "
+                                   "is bytes", action="store_true")
+    control: bool = setting(False, "with --init too: also train the model given for as many steps without compression",
+                            action="store_true")
     seed: int = setting(0, "seed of the weights, the order of the data and the decisions' noise")
-    layers: int = setting(3, "L, layers", 32)
-    heads: int = setting(4, "H, query heads", 32)
-    kv_heads: int = setting(4, "G, key-value heads; divides H", 32)
-    dim: int = setting(128, "width of the residual stream; H divides it", 4096)
-    ffn_dim: int = setting(384, "width of the MLP", 11008)
-    context: int = setting(128, "tokens per training sequence, and positions of the model", 4096)
+    layers: int = setting(3, "L, layers of the small model")
+    heads: int = setting(4, "H, its query heads")
+    kv_heads: int = setting(4, "G, its key-value heads; divides H")
+    dim: int = setting(128, "width of its residual stream; H divides it")
+    ffn_dim: int = setting(384, "width of its MLP")
+    context: int = setting(128, "tokens per training sequence, and positions of the small model", 4096)
     batch: int = setting(8, "sequences per step", 1024)
     pretrain_steps: int = setting(1100, "steps of pretraining")
     free_steps: int = setting(100, "n of Eq. 12: steps over which the control channels fade", 250)
@@ -85,9 +90,10 @@ class Settings:
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
-            if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+            if isinstance(value, int | float) and not 0 <= value < math.inf:
                 raise InputError(f"{flag(f.name)} is {value}; give a number that is not negative.")
-        may_be_zero = {"seed", "pretrain_steps", "channel_lr_factor", "cr_weight", "window", "c", "warmup", "weight_decay"}
+        may_be_zero = {"seed", "pretrain_steps", "channel_lr_factor", "cr_weight", "window", "c", "warmup", "weight_decay",
+                       "random_weights", "control"}
         for f in fields(self):
             if getattr(self, f.name) == 0 and f.name not in may_be_zero:
                 raise InputError(f"{flag(f.name)} is 0; give a number above 0.")
@@ -97,17 +103,22 @@ class Settings:
             raise InputError(f"--cr is {self.cr:g}; a compression ratio is at least 1.")
         if not all(1 <= cr <= self.cr for cr in self.kept()):
             raise InputError(f"--keep {' '.join(f'{cr:g}' for cr in self.keep)} leaves the range from 1 to --cr {self.cr:g}.")
-        self.config(dmc=True)     # raises where the sizes contradict each other
+        if self.random_weights and not self.init:
+            raise InputError("--random-weights needs the name of a shape; add --init llama2-7b.")
+        self.small_config()       # raises where the sizes contradict each other
 
     def kept(self):
         """The CRs that the run yields a model of, in rising order."""
         return sorted(set(self.keep)) if self.keep else [float(cr) for cr in range(2, math.ceil(self.cr))] + [self.cr]
 
-    def config(self, dmc):
-        """The model's Config. dmc False: the plain Llama of pretraining and of the control."""
-        return Config(vocab_size=Tokenizer.bytes().vocab_size, n_layer=self.layers, n_head=self.heads,
-                      n_kv_head=self.kv_heads, dim=self.dim, ffn_dim=self.ffn_dim, max_seq_len=self.context, dmc=dmc,
-                      window=self.window or None, tau=self.tau, c=self.c)
+    def small_config(self):
+        """The Config of the plain Llama that is pretrained where none is given."""
+        return Config(vocab_size=257, n_layer=self.layers, n_head=self.heads, n_kv_head=self.kv_heads, dim=self.dim,
+                      ffn_dim=self.ffn_dim, max_seq_len=self.context, **self.method(dmc=False))
+
+    def method(self, dmc):
+        """The entries of Config that a checkpoint's own give way to. dmc False: a plain Llama."""
+        return {"dmc": dmc, "window": self.window or None, "tau": self.tau, "c": self.c}
 
 
 def flag(name):
@@ -123,24 +134,16 @@ def standard_library():
     return sorted(f for f in root.rglob("*.py") if not skip & set(f.relative_to(root).parts))
 
 
-def read_text(path, source="--data"):
-    """The text in a file that the flag `source` named."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); check {source}.") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text; convert it, or leave it out of {source}.") from None
-
-
-def load_data(settings):
+def load_data(settings, tokenizer):
     """The text as tokens: train and validation, one array each. Whole files are set aside for validation, about 1 in 20,
-    picked by a fixed seed; of a single file, its last twentieth. An end-of-text token stands after every file."""
-    tokenizer = Tokenizer.bytes()
+    picked by a fixed seed; of a single file, its last twentieth. An end-of-text token stands after every file, and before it
+    what the tokenizer puts there."""
     files = settings.data or standard_library()
     if not files:
         raise InputError("this Python has no sources of its standard library; give text files with --data.")
-    documents = [np.array(tokenizer.encode(read_text(f)) + [tokenizer.eos], dtype=np.uint16) for f in files]
+    end = [] if tokenizer.eos is None else [tokenizer.eos]
+    dtype = np.uint16 if tokenizer.vocab_size <= 2 ** 16 else np.uint32
+    documents = [np.array(tokenizer.encode(read_text(f), special=False, prefix=True) + end, dtype=dtype) for f in files]
     if len(documents) == 1:
         cut = len(documents[0]) * 19 // 20
         train, val = documents[0][:cut], documents[0][cut:]
@@ -194,24 +197,27 @@ class Phase:
         return self.cr and self.cr[0] + (self.cr[1] - self.cr[0]) * (step + 1) / self.steps
 
 
-def plan(s):
-    """The phases of a run, in order."""
-    free_at, retrofit_at = s.pretrain_steps, s.pretrain_steps + s.free_steps
+def plan(s, given=None):
+    """The phases of a run, in order. given: the folder of a checkpoint to start from; None: from random weights."""
+    pretrain_steps = 0 if s.init else s.pretrain_steps
+    start = str(given) if given else "pretrained"
+    free_at, retrofit_at = pretrain_steps, pretrain_steps + s.free_steps
     reach = {cr: max(1, round(s.retrofit_steps * (cr - 1) / max(s.cr - 1, 1e-9))) for cr in s.kept()}
     if len(set(reach.values())) < len(reach):
         raise InputError(f"two of the CRs to keep, {', '.join(f'{cr:g}' for cr in reach)}, fall on the same step; keep fewer "
                          "with --keep, or raise --retrofit-steps.")
     phases = [
-        Phase("pretrain", None, "pretrained", s.pretrain_steps, 0, s.pretrain_steps, s.pretrain_lr, dmc=False),
-        Phase("free", "pretrained", "freed", s.free_steps, free_at, 0, s.lr, fade=True),
+        Phase("pretrain", given and start, "pretrained", pretrain_steps, 0, pretrain_steps, s.pretrain_lr, dmc=False),
+        Phase("free", start, "freed", s.free_steps, free_at, 0, s.lr, fade=True),
         Phase("retrofit", "freed", None, s.retrofit_steps, retrofit_at, 0, s.lr, cr=(1.0, s.cr),
               keep={step: f"retrofit-{cr:g}" for cr, step in reach.items()}),
     ]
     for cr, step in reach.items():           # all end after as many steps as the control, which makes them comparable
         steps = s.retrofit_steps - step + s.solidify_steps
         phases.append(Phase("solidify", f"retrofit-{cr:g}", f"cr{cr:g}", steps, retrofit_at + step, steps, s.lr, cr=(cr, cr)))
-    phases.append(Phase("control", "pretrained", "control", s.free_steps + s.retrofit_steps + s.solidify_steps, free_at,
-                        s.solidify_steps, s.lr, dmc=False))
+    if s.control or not s.init:
+        phases.append(Phase("control", start, "control", s.free_steps + s.retrofit_steps + s.solidify_steps, free_at,
+                            s.solidify_steps, s.lr, dmc=False))
     return phases
 
 
@@ -237,7 +243,7 @@ def train_step(model, optimizer, phase, step, inputs, targets, s):
     lr = phase.learning_rate(step, s.warmup)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    gain = dmc.channel_gain(step + 1, phase.steps) if phase.fade else None
+    gain = dmc.channel_gain(step, phase.steps) if phase.fade else None
     logits, alpha = model(inputs, noise=True, gain=gain)
     lm_loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     loss = lm_loss if alpha is None else lm_loss + s.cr_weight * compression_term(alpha, phase, step)
@@ -271,7 +277,8 @@ def evaluate(model, tokens, s, cache_class=None):
     T, device = s.context, next(model.parameters()).device
     starts = np.random.default_rng(1).permutation((len(tokens) - 1) // T)[:s.eval_sequences] * T
     losses, slots = [], []
-    for part in np.split(starts, range(32, len(starts), 32)):
+    rows = max(1, 4096 // T)
+    for part in np.split(starts, range(rows, len(starts), rows)):
         x, y = sequences(tokens, part, T, device)
         cache = (cache_class or model.Cache)(model.config, len(part), device)
         logits, _ = model(x, cache)
@@ -291,14 +298,28 @@ class Run:
 
     def __init__(self, settings, out):
         self.started, self.seconds_before = time.perf_counter(), 0.0       # of this sitting, and those before it
-        self.settings, self.out, self.phases = settings, Path(out), plan(settings)
+        self.settings, self.out = settings, Path(out)
+        self.given = locate(settings.init) if settings.init and not settings.random_weights else None
+        self.phases = plan(settings, self.given)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.train_tokens, self.val_tokens = load_data(settings)
+        self.check_given()
+        self.tokenizer = Tokenizer.from_folder(self.given) if self.given else Tokenizer.bytes()
+        self.train_tokens, self.val_tokens = load_data(settings, self.tokenizer)
         self.stop = False
         self.pace = {}               # with decisions or not -> (steps, seconds), of this sitting
         self.recent, self.shown = [], 0        # losses since the last line on the screen; lines so far
 
     # --- files
+
+    def check_given(self):
+        """Raises InputError where the model given cannot be retrofitted."""
+        if self.given:
+            config = dmc.read_config(self.given)
+            if config.dmc:
+                raise InputError(f"{self.given} is a DMC model already; give the plain model that it was made of.")
+            if self.settings.context > config.max_seq_len:
+                raise InputError(f"--context {self.settings.context} is more than the model's {config.max_seq_len} positions; "
+                                 "lower it.")
 
     def begin(self):
         """Claim the folder; a run that is already there is never touched."""
@@ -333,7 +354,7 @@ class Run:
         write_atomically(self.out / "state.pt", lambda f: torch.save(state, f))
 
     def save_model(self, model, folder, **facts):
-        dmc.save(model, self.out / folder, tokenizer="bytes", seed=self.settings.seed, **facts)
+        dmc.save(model, self.out / folder, self.tokenizer, **facts)
 
     # --- training
 
@@ -351,9 +372,10 @@ class Run:
         phase, s, step = self.phases[index], self.settings, state["step"]
         if phase.start is None:
             torch.manual_seed(s.seed)
-            model = dmc.Transformer(s.config(phase.dmc)).to(self.device)
+            model = random_model(s.init, dtype=torch.float32) if s.init else dmc.Transformer(s.small_config())
+            model.to(self.device)
         else:
-            model = dmc.load(self.out / phase.start, device=self.device, dmc=phase.dmc)
+            model = dmc.load(self.out / phase.start, device=self.device, dtype=torch.float32, **s.method(phase.dmc))
         optimizer = new_optimizer(model, s)
         if "model" in state:
             model.load_state_dict(state["model"])
@@ -369,7 +391,7 @@ class Run:
             self.record(index, step, loss, cr)
             step += 1
             if step in phase.keep:
-                self.save_model(model, phase.keep[step], phase=phase.name, target_cr=phase.target(step - 1))
+                self.save_model(model, phase.keep[step], phase=phase.name, target_cr=phase.target(step - 1), cr=cr)
             if step < phase.steps and (self.stop or step % s.save_every == 0):
                 self.save_state(index, step, model, optimizer)
             self.stop_if_asked()
@@ -377,9 +399,11 @@ class Run:
             model.clear_control_rows()
         if phase.out:
             loss, cr, heads = evaluate(model, self.val_tokens, s)
-            self.save_model(model, phase.out, phase=phase.name, target_cr=phase.cr and phase.cr[1], loss=loss, cr=cr,
-                            heads=heads)
-            print(f"{'':<12}validation {loss:.4f} nats per byte at CR {cr:.2f} -> {self.out / phase.out}")
+            if phase.start is None or phase.steps:       # a model given is only measured
+                facts = {"phase": phase.name, "target_cr": phase.cr and phase.cr[1], "cr": cr} if phase.dmc else {}
+                self.save_model(model, phase.out, **facts)
+            write_json(self.out / phase.out / "figures.json", {"loss": loss, "cr": cr, "heads": heads})
+            print(f"{'':<12}validation {loss:.4f} nats per {self.unit} at CR {cr:.2f} -> {self.out / phase.out}", flush=True)
         self.save_state(index + 1, 0)
         self.stop_if_asked()
 
@@ -434,50 +458,50 @@ class Run:
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_atomically(path, lambda f: f.write_text(text))
 
+    @property
+    def unit(self):
+        return "token" if self.given else "byte"
+
     def figures(self, folder):
         """What was measured when a phase ended: a dict with loss, cr and heads."""
-        return read_json(self.out / folder / "config.json")
+        return read_json(self.out / folder / "figures.json")
 
     def report(self):
-        """Print the table and the heat map, write summary.json. Averaging without learning is measured here: the control
-        with every n tokens averaged, n the nearest whole number to each model's CR."""
-        control = dmc.load(self.out / "control", device=self.device)
-        summary = {"pretrained": self.figures("pretrained")["loss"], "control": self.figures("control")["loss"], "dmc": []}
+        """Print the table and the heat map, write summary.json. Averaging without learning is measured here: the control (or
+        where there is none the model given) with every n tokens averaged, n the nearest whole number to each model's CR."""
+        baseline = self.phases[-1] if self.phases[-1].name == "control" else self.phases[0]
+        plain = dmc.load(self.out / (baseline.out if baseline.steps else baseline.start or baseline.out), device=self.device,
+                         dtype=torch.float32)
+        plain.config = replace(plain.config, **self.settings.method(dmc=False))      # the window to average over
+        summary = {"unit": self.unit, "pretrained": self.figures("pretrained")["loss"], "dmc": []}
+        if baseline.name == "control":
+            summary["control"] = self.figures("control")["loss"]
         for target in self.settings.kept():
-            entry = {key: self.figures(f"cr{target:g}")[key] for key in ("loss", "cr", "heads")}
             self.stop_if_asked()
-            pooling = pooling_cache(control.Cache, every=max(1, round(entry["cr"])))
-            pooled = evaluate(control, self.val_tokens, self.settings, pooling)[0]
+            entry = self.figures(f"cr{target:g}")
+            pooling = pooling_cache(plain.Cache, every=max(1, round(entry["cr"])))
+            pooled = evaluate(plain, self.val_tokens, self.settings, pooling)[0]
             summary["dmc"].append({"target": target, **entry, "pooling": pooled})
         summary |= {"seconds": self.seconds(), "settings": asdict(self.settings), **provenance()}
         write_json(self.out / "summary.json", summary)
         print(table(summary))
         print(heat_map(summary["dmc"][-1]["heads"]))
-        print(f"\n{summary['seconds']:.0f} s. Everything is in {self.out}. Next: python generate.py")
-
-
-def provenance():
-    """What stands behind a figure: command, commit (None outside a clone, or without git), versions, device."""
-    commit = None
-    if shutil.which("git"):
-        git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
-        commit = git.stdout.strip() or None
-    cpu = next((line.split(":")[1].strip() for line in read_lines("/proc/cpuinfo") if line.startswith("model name")),
-               platform.processor())
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, {torch.get_num_threads()} threads"
-    return {"date": time.strftime("%Y-%m-%d"), "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "commit": commit, "device": device,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+        print(f"\n{summary['seconds']:.0f} s. Everything is in {self.out}. Next: "
+              f"python generate.py --ckpt {shlex.quote(str(self.out))}")
 
 
 def table(summary):
-    """The final table as text: validation loss in nats per byte, and its distance to the control."""
-    rows = [("pretrained", 1.0, summary["pretrained"]), ("control, trained on without compression", 1.0, summary["control"])]
+    """The final table as text: validation loss in nats per byte or token, and its distance to the control, or where there
+    was none to the pretrained model."""
+    rows, baseline = [("pretrained", 1.0, summary["pretrained"])], "pretrained"
+    if "control" in summary:
+        rows.append(("control, trained on without compression", 1.0, summary["control"]))
+        baseline = "control"
     for entry in summary["dmc"]:
         rows.append((f"DMC {entry['target']:g}x", entry["cr"], entry["loss"]))
-        rows.append((f"control, every {round(entry['cr'])} tokens averaged", float(round(entry["cr"])), entry["pooling"]))
-    lines = [f"\n{'validation, through the cache':<42}{'CR':>6}{'nats/byte':>11}{'to control':>12}"]
-    return "\n".join(lines + [f"{name:<42}{cr:6.2f}{loss:11.4f}{loss - summary['control']:+12.4f}" for name, cr, loss in rows])
+        rows.append((f"{baseline}, every {round(entry['cr'])} tokens averaged", float(round(entry["cr"])), entry["pooling"]))
+    lines = [f"\n{'validation, through the cache':<42}{'CR':>6}{'nats/' + summary['unit']:>11}{'to ' + baseline:>14}"]
+    return "\n".join(lines + [f"{name:<42}{cr:6.2f}{loss:11.4f}{loss - summary[baseline]:+14.4f}" for name, cr, loss in rows])
 
 
 def heat_map(heads):
@@ -490,33 +514,16 @@ def heat_map(heads):
 
 # ------------------------------------------------------------------------------------------------ command line
 
-def read_lines(path):
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
-
-
-def runs_by_number():
-    return sorted((p for p in Path("runs").glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message}; see --help.")
-
-
 def parse(argv):
     """Returns the flags that were given, as a dict, and the namespace of those that are no setting."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--out", type=Path, help="folder of the run [runs/1, or the next number that is free]")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, or the newest one")
     parser.add_argument("--preset", choices=["laptop", "paper"], default="laptop",
-                        help="which defaults: the small model's, or the paper's for Llama 2 7B, as given in brackets; these "
-                             "are here to read and to build on, no laptop holds them")
+                        help="which defaults: the small model's, or the paper's for Llama 2 7B, as given in brackets")
     for f in fields(Settings):
-        argument = {"type": f.type if f.type in (int, float) else None, **f.metadata["argument"]}
-        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, **argument)
+        kind = {"type": f.type} if f.type in (int, float) else {}
+        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, **kind, **f.metadata["argument"])
     options = vars(parser.parse_args(argv))
     run = argparse.Namespace(**{name: options.pop(name) for name in ("out", "resume", "preset")})
     return options, run
@@ -527,6 +534,8 @@ def open_run(argv):
     given, options = parse(argv)
     if not options.resume:
         defaults = {f.name: f.metadata["paper"] for f in fields(Settings)} if options.preset == "paper" else {}
+        if given.get("init") and (sized := {"layers", "heads", "kv_heads", "dim", "ffn_dim", "pretrain_steps"} & given.keys()):
+            raise InputError(f"{flag(min(sized))} is for the small model; leave it out with --init, which brings its own.")
         numbers = [int(p.name) for p in runs_by_number()]
         run = Run(Settings(**{**defaults, **given}), options.out or Path("runs") / str(max(numbers, default=0) + 1))
         return run, run.begin
