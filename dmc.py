@@ -5,8 +5,9 @@ arXiv 2403.09636) teaches a trained model to keep fewer. At every token each key
 APPEND its key and value as a new slot, or to MERGE them into its last slot by a weighted average. No parameter is added:
 the decision is read from the first channel of the key, the weight from the first channel of the query.
 
-Read from top to bottom: the equations, one function each; `Cache`, which is Algorithm 1; a Llama that uses both; files;
-and a worked example that `python dmc.py` prints.
+Read from top to bottom: the equations, one function each; `Cache`, which is Algorithm 1; a Llama that uses both. There the
+method ends. What follows are files: checkpoints in Hugging Face's layout and their tokenizers. The last function is a
+worked example, which `python dmc.py` prints.
 
 Glossary. Sizes: B sequences, T tokens, L layers, H query heads, G key-value heads (G divides H), D channels per head.
 
@@ -603,8 +604,11 @@ def config_from_json(facts, source="config.json"):
     try:
         if (kind := facts.get("model_type")) not in ("llama", "mistral", MODEL_TYPE):
             raise InputError(f"{source} describes a model of type {kind}; only Llama-family ones (llama, mistral) work here.")
-        if missing := [feature for key, feature in UNSUPPORTED.items() if facts.get(key)]:
-            raise InputError(f"{source} describes a model with {missing[0]}, which is not supported here; choose another one.")
+        asked = {feature for key, feature in UNSUPPORTED.items() if facts.get(key)}
+        if (facts.get("partial_rotary_factor") or 1) != 1:
+            asked.add("partial rotary embedding")
+        if asked:
+            raise InputError(f"{source} describes a model with {min(asked)}, which is not supported here; choose another one.")
         if (act := facts.get("hidden_act", "silu")) != "silu":
             raise InputError(f"{source} names the activation {act}; only silu is supported here.")
         values = {ours: facts[theirs] for ours, theirs in IN_CONFIG_JSON.items() if facts.get(theirs) is not None}
@@ -738,8 +742,11 @@ def load(path, ops=None, device=None, dtype=None, **changes):
     weights = {name.removeprefix("model."): w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
     if config.n_layer > len(weights):       # said before that many layers are built
         raise InputError(f"{path} holds {len(weights)} tensors, too few for {config.n_layer} layers; fetch the rest of it.")
-    with torch.device("meta"):
-        model = Transformer(config, ops)
+    try:
+        with torch.device("meta"):
+            model = Transformer(config, ops)
+    except RuntimeError:
+        raise InputError(f"{config_file} has sizes beyond those of any tensor; restore it.") from None
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     tied = weights.pop("lm_head.weight", None) if config.tie_embeddings else None
     check_weights(path, expected, weights, tied)
@@ -807,11 +814,21 @@ SPLITS = {          # how the known pre-tokenizers cut a text into pieces, each 
 }
 
 
+def as_id(i):
+    if not isinstance(i, int) or not 0 <= i < 2 ** 31:
+        raise ValueError(f"{i!r} is no id")
+    return i
+
+
+def steps_of(part, plural):
+    """A part of tokenizer.json as a list of steps: it may be none, one, or a sequence of them."""
+    return (part or {}).get(plural, [part] if part else [])
+
+
 def split_name(pre_tokenizer):
     """The name in SPLITS of what a tokenizer.json's pre_tokenizer does, or a description of one that is not known."""
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
     names = []
-    for step in steps:
+    for step in steps_of(pre_tokenizer, "pretokenizers"):
         kind, pattern = step["type"], (step.get("pattern") or {}).get("Regex")
         if kind == "ByteLevel" and not step.get("add_prefix_space"):
             names += ["GPT-2"] if step.get("use_regex", True) else []
@@ -905,7 +922,7 @@ class Tokenizer:
 
     def _read_blanks(self, normalizer, pre_tokenizer):
         """self.blanks: where U+2581 is put before text: "never", before "each" section, or as Metaspace's schemes say."""
-        steps = (normalizer or {}).get("normalizers", [normalizer] if normalizer else [])
+        steps = steps_of(normalizer, "normalizers")
         self.normalizes, self.blanks = bool(steps), "never"
         for step in steps:
             if step == {"type": "Prepend", "prepend": BLANK}:
@@ -921,18 +938,19 @@ class Tokenizer:
             raise self._refusal(f"is of type {kind}; only BPE is supported here")
         if option := next((o for o in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(o)), None):
             raise self._refusal(f"uses {option}, which is not supported here")
+        split = split_name(pre_tokenizer)
+        if split not in SPLITS:
+            raise self._refusal(f"cuts text by an unknown pre-tokenizer, {split[:300]}")
         self.over_bytes = "ByteLevel" in json.dumps(pre_tokenizer)
         if not self.over_bytes and not model.get("byte_fallback"):
             raise self._refusal("is BPE neither over bytes nor with byte fallback, and nothing else is supported here")
-        vocab, split = {piece: int(i) for piece, i in model["vocab"].items()}, split_name(pre_tokenizer)
-        if split not in SPLITS:
-            raise self._refusal(f"cuts text by an unknown pre-tokenizer, {split[:300]}")
+        vocab = {piece: as_id(i) for piece, i in model["vocab"].items()}
         if split == "nothing" and not self.over_bytes and not any(BLANK in piece.lstrip(BLANK) for piece in vocab):
             split = "words with all blanks before them"      # faster, and the same ids: no piece reaches into another word
         merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        merged = [piece for piece in dict.fromkeys(left + right for left, right in merges) if piece in vocab]
+        merged = dict.fromkeys(piece for piece in (left + right for left, right in merges) if piece in vocab)
         if model.get("ignore_merges"):       # whole words are looked up before anything merges, as tiktoken does
-            merged += [piece for piece in vocab if len(piece) > 1 and piece not in set(merged)]
+            merged |= dict.fromkeys(piece for piece in vocab if len(piece) > 1 and piece not in merged)
         ids = self._byte_level_ids(vocab, merged) if self.over_bytes else self._sentencepiece_ids(vocab, merged)
         self.split, self.ids = SPLITS[split], list(ids.values())
         self.unknown = {rank for rank, ids_of in enumerate(self.ids) if not ids_of}
@@ -967,18 +985,20 @@ class Tokenizer:
         self.raw, self.normalized = ({True: {}, False: {}} for _ in range(2))       # with special ones or not -> name -> id
         self.special = set()
         for token in tokens:
-            name, i = token["content"], int(token["id"])
+            name, i = token["content"], as_id(token["id"])
             if flag := next((flag for flag in ("single_word", "lstrip", "rstrip") if token.get(flag)), None):
                 raise self._refusal(f"marks {name} as {flag}, which is not supported here")
-            names = self.normalized if token.get("normalized") and self.normalizes else self.raw
+            names = self.raw
+            if token.get("normalized") and self.normalizes:
+                name, names = self._normalize(name), self.normalized
             for with_special in (True, False) if not token.get("special") else (True,):
-                names[with_special][self._normalize(name) if names is self.normalized else name] = i
+                names[with_special][name] = i
             self.special |= {i} if token.get("special") else set()
-            self.pieces[i] = name.encode()
+            self.pieces[i] = (name.replace(BLANK, " ") if names is self.normalized else name).encode()
 
     def _read_template(self, post_processor):
         self.prefix = []
-        for step in (post_processor or {}).get("processors", [post_processor] if post_processor else []):
+        for step in steps_of(post_processor, "processors"):
             if step["type"] == "TemplateProcessing":
                 kinds = [next(iter(part)) for part in step["single"]]
                 if kinds.count("Sequence") != 1 or kinds[-1] != "Sequence":
@@ -989,10 +1009,9 @@ class Tokenizer:
                 raise self._refusal(f"has the post-processor {step['type']}, which is not supported here")
 
     def _read_decoder(self, decoder):
-        steps = (decoder or {}).get("decoders", [decoder] if decoder else [])
         self.strips = not self.over_bytes and any(
-            step["type"] == "Strip" and step.get("start") or
-            step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never" for step in steps)
+            step["type"] == "Strip" and step.get("start") or step["type"] == "Metaspace" and
+            step.get("prepend_scheme", "always") != "never" for step in steps_of(decoder, "decoders"))
 
     def _normalize(self, text):
         return (BLANK if self.blanks == "each" else "") + text.replace(" ", BLANK)

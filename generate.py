@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -130,6 +131,8 @@ def provenance():
 def sample(logits, temperature, top_k, top_p, rng):
     """One token id from logits (vocab,). temperature 0: the likeliest. top_k: only the k likeliest, 0: all. top_p: only
     the smallest set of likeliest tokens whose probabilities reach p."""
+    if logits.isnan().any():
+        raise InputError("the model's scores are not numbers, as with damaged weights; fetch or train it anew.")
     if temperature == 0:
         return logits.argmax().item()
     logits, ids = (logits.double() / temperature).sort(descending=True, stable=True)
@@ -308,6 +311,7 @@ def run(args):
 
 def main(argv=None):
     sys.stdout.reconfigure(errors="replace")      # a terminal that cannot show a character shows ? instead
+    warnings.formatwarning = lambda message, *_: f"generate.py: warning: {message}\n"
     try:
         run(parse(argv))
         return 0

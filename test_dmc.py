@@ -4,18 +4,24 @@ The oracles stand first. They are written from the paper's text, token by token,
 with what they check.
 """
 
+import codecs
 import contextlib
 import json
+import lzma
 import math
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
@@ -980,6 +986,893 @@ def test_resume_refuses_other_text_and_damaged_state(tmp_path, finished, capsys)
 def test_generate_refuses(case, messy_folder, capsys, finished):
     checkpoint = [] if "--ckpt" in BAD_GENERATE[case] else ["--ckpt", str(finished)]
     assert refusal(generate.main, [*checkpoint, *BAD_GENERATE[case]], capsys, messy_folder).startswith("generate.py: ")
+
+
+# ------------------------------------------------------------------------------------------------ real checkpoints
+
+def oracle(name):
+    """An independent implementation to compare with; requirements-dev.txt has them."""
+    return pytest.importorskip(name, reason=f"{name} is not installed; pip install -r requirements-dev.txt")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    folder = os.environ.get("DMC_SMOLLM2")
+    if not folder:
+        pytest.skip("DMC_SMOLLM2 names no folder with SmolLM2-135M; .ci/run makes one where its tool is at hand")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def measured():
+    """Figures that tests on SmolLM2 leave; DMC_RESULTS names a JSON file for them."""
+    figures = {}
+    yield figures
+    if out := os.environ.get("DMC_RESULTS"):
+        command = f"DMC_SMOLLM2=FOLDER DMC_RESULTS={Path(out).name} python -m pytest test_dmc.py -k smollm2"
+        dmc.write_json(out, {**figures, **generate.provenance(), "command": command})
+
+
+@pytest.fixture(scope="session")
+def english():
+    path = Path(os.environ.get("DMC_CORPUS") or HERE.parent / "shared/data/corpus-val.txt.xz")
+    if not path.is_file():
+        pytest.skip(f"no English text at {path}; DMC_CORPUS may name another .txt.xz file")
+    return lzma.decompress(path.read_bytes()).decode()
+
+
+ROPES = st.one_of(
+    st.none(), st.builds(lambda f: {"rope_type": "linear", "factor": f}, st.sampled_from([2.0, 4.0])),
+    st.builds(lambda f, low, context: {"rope_type": "llama3", "factor": f, "low_freq_factor": low, "high_freq_factor": 4.0,
+                                       "original_max_position_embeddings": context},
+              st.sampled_from([2.0, 8.0]), st.sampled_from([0.5, 1.0]), st.sampled_from([16, 64])))
+PLAIN = st.builds(lambda heads, layers, head_dim, tied, theta, rope: config_of(
+    heads, n_layer=layers, head_dim=head_dim, tie_embeddings=tied, rope_theta=theta, rope_scaling=rope, dmc=False, window=12),
+    groups, st.integers(1, 3), st.sampled_from([4, 8, 10]), st.booleans(), st.sampled_from([100.0, 10000.0, 500000.0]), ROPES)
+
+
+def hugging_face_model(config, seed, dtype=torch.float32):
+    """The same shape in transformers, with weights large enough that the attention is far from even."""
+    transformers = oracle("transformers")
+    torch.manual_seed(seed)
+    rope = {**(config.rope_scaling or {"rope_type": "default"}), "rope_theta": config.rope_theta}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.dim, intermediate_size=config.ffn_dim, head_dim=config.head_dim,
+        num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head,
+        max_position_embeddings=config.max_seq_len, rms_norm_eps=config.norm_eps, tie_word_embeddings=config.tie_embeddings,
+        rope_parameters=rope, initializer_range=0.3))
+    return model.to(dtype).eval()
+
+
+def largest_error(ours, theirs):
+    return ((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()).item()
+
+
+@given(PLAIN, seeds)
+@settings(max_examples=20)
+def test_logits_equal_transformers(tmp_path_factory, config, seed):
+    folder = tmp_path_factory.mktemp("hf")
+    theirs = hugging_face_model(config, seed)
+    theirs.save_pretrained(folder)
+    ours = dmc.load(folder, c=config.c)
+    assert ours.config == config
+    tokens = torch.randint(0, config.vocab_size, (2, config.max_seq_len))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        assert largest_error(ours(tokens)[0], expected) < 1e-4
+        cache = ours.Cache(config, 2)
+        cached = torch.cat([ours(part, cache)[0] for part in tokens.split([20, 1, 30, 13], dim=1)], dim=1)
+        assert largest_error(cached, expected) < 1e-4
+        assert torch.equal(ours(tokens, last=True)[0], ours(tokens)[0][:, -1:])
+
+
+def test_half_precision_is_as_good_as_transformers(tmp_path):
+    ours, theirs = [], []
+    for seed in range(8):
+        model = hugging_face_model(config_of((8, 2), dmc=False), seed)
+        tokens = torch.randint(0, 29, (2, 64))
+        exact = model.double()(tokens).logits
+        model.to(torch.bfloat16).save_pretrained(tmp_path / str(seed))
+        with torch.no_grad():
+            theirs.append((model(tokens).logits - exact).norm().item())
+            ours.append((dmc.load(tmp_path / str(seed))(tokens)[0] - exact).norm().item())
+    assert sum(ours) < 1.2 * sum(theirs)
+
+
+def in_other_forms(folder, model):
+    """Folders with the same weights: in shards, pickled, pickled in shards, with an old-style configuration."""
+    model.save_pretrained(folder / "shards", max_shard_size="10KB")
+    assert (folder / "shards/model.safetensors.index.json").is_file()
+    facts, weights = json.loads((folder / "shards/config.json").read_text()), model.state_dict()
+    names = list(weights)
+    for name in ("pickled", "pickled-shards", "old"):
+        (folder / name).mkdir()
+    torch.save(weights, folder / "pickled/pytorch_model.bin")
+    where = {name: f"pytorch_model-{1 + (i > 5)}.bin" for i, name in enumerate(names)}
+    for file in set(where.values()):
+        part = {name: w for name, w in weights.items() if where[name] == file}
+        torch.save(part, folder / "pickled-shards" / file)
+    (folder / "pickled-shards/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    rope = facts.pop("rope_parameters")
+    old = {**facts, "rope_theta": rope.pop("rope_theta"), "rope_scaling": {"type": rope.pop("rope_type"), **rope}}
+    del old["head_dim"]
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)      # which old checkpoints carry
+    torch.save(weights, folder / "old/pytorch_model.bin")
+    for name, config in (("pickled", facts | {"rope_parameters": {**old["rope_scaling"], "rope_theta": old["rope_theta"]}}),
+                         ("pickled-shards", old), ("old", old)):
+        (folder / name / "config.json").write_text(json.dumps(config))
+    return [folder / name for name in ("shards", "pickled", "pickled-shards", "old")]
+
+
+@pytest.mark.parametrize("rope", [None, {"rope_type": "linear", "factor": 2.0}])
+def test_every_layout_of_a_checkpoint_is_read(tmp_path, rope):
+    model = hugging_face_model(config_of((4, 2), head_dim=None, rope_scaling=rope, rope_theta=300.0), 0)
+    tokens = torch.randint(0, 29, (1, 30))
+    expected = model(tokens).logits
+    for folder in in_other_forms(tmp_path, model):
+        assert largest_error(dmc.load(folder)(tokens)[0], expected) < 1e-4, folder
+
+
+def test_transformers_reads_a_plain_model_and_refuses_a_dmc_model(tmp_path):
+    transformers = oracle("transformers")
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16}
+    for tied in (False, True):
+        plain = Transformer(config_of((8, 2), dmc=False, tie_embeddings=tied, rope_scaling=rope, rope_theta=700.0))
+        dmc.save(plain, tmp_path / "plain", dmc.Tokenizer.bytes(), shard_bytes=20_000)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+        tokens = torch.randint(0, 29, (2, 40))
+        assert largest_error(plain(tokens)[0], theirs(tokens).logits) < 1e-4
+        assert theirs.config.eos_token_id == 256
+    dmc.save(Transformer(config_of((8, 2))), tmp_path / "dmc")
+    with pytest.raises((ValueError, KeyError), match="dmc_llama"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dmc")
+
+
+@given(PLAIN, st.booleans(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+       st.sampled_from([600, 3000, 5 * 10 ** 9]), seeds)
+def test_saving_and_loading_is_bit_exact(tmp_path_factory, config, decides, dtype, shard_bytes, seed):
+    torch.manual_seed(seed)
+    model = Transformer(train.replace(config, dmc=decides)).to(dtype)
+    folder = tmp_path_factory.mktemp("exact")
+    dmc.save(model, folder, dmc.Tokenizer.bytes(), shard_bytes=shard_bytes)
+    again = dmc.load(folder, c=config.c)
+    assert again.config == model.config
+    ours, theirs = again.state_dict(), model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == dtype for name in theirs)
+    assert (again.lm_head.weight is again.embed_tokens.weight) == config.tie_embeddings
+    sizes = [f.stat().st_size for f in folder.glob("*.safetensors")]
+    largest = max(p.nbytes for p in model.parameters())
+    assert (len(sizes) > 1) == (sum(p.nbytes for p in model.parameters()) > shard_bytes)
+    assert all(size < max(shard_bytes, largest) + 4000 for size in sizes)        # and a header
+    assert dmc.load(folder, dtype=torch.float64).lm_head.weight.dtype == torch.float64
+
+
+def checkpoint_is(folder, model):
+    loaded = dmc.load(folder)
+    return loaded.config == model.config and all(
+        torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*differs from what was saved")
+@pytest.mark.parametrize("before, after", [(0, 0), (0, 2000), (2000, 0), (2000, 2000), (2000, 1500)])
+def test_a_kill_at_any_moment_of_saving_leaves_one_whole_checkpoint(tmp_path, before, after):
+    """0: one file; otherwise bytes per shard. The process dies at each of its changes to the folder in turn."""
+    torch.manual_seed(0)
+    old, new = Transformer(config_of()), Transformer(config_of(n_layer=3))
+    moments, seen = 0, set()
+    while True:
+        folder = tmp_path / str(moments)
+        dmc.save(old, folder, shard_bytes=before or 10 ** 9)
+        with pytest.MonkeyPatch.context() as patch:
+            left = iter(range(moments))
+
+            def dying(change, left=left):
+                def wrapped(*args, **kwargs):
+                    if next(left, None) is None:
+                        raise KeyboardInterrupt
+                    return change(*args, **kwargs)
+                return wrapped
+
+            patch.setattr(Path, "replace", dying(Path.replace))
+            patch.setattr(Path, "unlink", dying(Path.unlink))
+            try:
+                dmc.save(new, folder, shard_bytes=after or 10 ** 9)
+                finished = True
+            except KeyboardInterrupt:
+                finished = False
+        states = [checkpoint_is(folder, model) for model in (old, new)]
+        assert sum(states) == 1
+        seen.add(states.index(True))
+        if finished:
+            break
+        moments += 1
+    assert seen == {0, 1} and states[1] and moments >= 2
+    dmc.save(new, folder, shard_bytes=after or 10 ** 9)
+    files = {f.name for f in folder.iterdir()}
+    assert len([f for f in files if f.endswith(".safetensors")]) == len(dmc.weight_files(folder))
+    assert ("model.safetensors" in files) == (after == 0)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A small plain checkpoint over bytes, as somebody might hand it over."""
+    folder = tmp_path_factory.mktemp("plain") / "model"
+    torch.manual_seed(1)
+    dmc.save(Transformer(config_of((4, 2), vocab_size=257, dmc=False)), folder, dmc.Tokenizer.bytes())
+    return folder
+
+
+def edit_json(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def rewrite(folder, change, **facts):
+    """The checkpoint's weights written anew, by safetensors itself, after change(weights); with facts in config.json."""
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    change(weights)
+    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_json(folder / "config.json", lambda c: c.update(facts))
+
+
+def with_header(folder, change, length=None):
+    """The header of model.safetensors after change(header), or with another length before it."""
+    data = (folder / "model.safetensors").read_bytes()
+    n = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + n])
+    change(header)
+    text = json.dumps(header).encode()
+    prefix = (len(text) if length is None else length).to_bytes(8, "little")
+    (folder / "model.safetensors").write_bytes(prefix + text + data[8 + n:])
+
+
+def configured(**facts):
+    return lambda folder: rewrite(folder, lambda w: None, **facts)
+
+
+NORM, EMBED = "model.norm.weight", "model.embed_tokens.weight"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+NOTHING = lambda header: None
+def peak_memory():
+    """Bytes of memory that this process had at most, pages of mapped files included; Linux only."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("there is no /proc/self/status to read the peak memory from")
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
+
+
+BAD_CHECKPOINTS = {
+    "header length": (lambda f: with_header(f, NOTHING, 2 ** 62), "truncated, damaged"),
+    "header length just too large": (lambda f: with_header(f, NOTHING, 99_000_000), "truncated, damaged"),
+    "header length zero": (lambda f: with_header(f, NOTHING, 0), "truncated, damaged"),
+    "offsets beyond the file": (lambda f: with_header(f, lambda h: h[NORM].update(data_offsets=[0, 2 ** 50])), "damaged"),
+    "offsets reversed": (lambda f: with_header(f, lambda h: h[NORM]["data_offsets"].reverse()), "damaged"),
+    "overlapping ranges": (lambda f: with_header(f, lambda h: h[NORM].update(data_offsets=[0, 64])), "damaged"),
+    "negative offset": (lambda f: with_header(f, lambda h: h[NORM].update(data_offsets=[-64, 0])), "damaged"),
+    "unknown dtype": (lambda f: with_header(f, lambda h: h[NORM].update(dtype="F7")), "damaged"),
+    "another dtype": (lambda f: with_header(f, lambda h: h[NORM].update(dtype="F16")), "damaged"),
+    "a shape of another size": (lambda f: with_header(f, lambda h: h[NORM].update(shape=[2 ** 40])), "damaged"),
+    "integers": (lambda f: rewrite(f, lambda w: w.update({NORM: w[NORM].int()})), "quantized.*norm.weight"),
+    "eight-bit floats": (lambda f: rewrite(f, lambda w: w.update({NORM: w[NORM].to(torch.float8_e4m3fn)})), "quantized"),
+    "a tensor missing": (lambda f: rewrite(f, lambda w: w.pop(NORM)), "missing: norm.weight"),
+    "a tensor too many": (lambda f: rewrite(f, lambda w: w.update(extra=torch.ones(1))), "unexpected: extra"),
+    "a bias": (lambda f: rewrite(f, lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(1)})), "q_proj.b"),
+    "a tensor misshapen": (lambda f: rewrite(f, lambda w: w.update({NORM: torch.ones(3)})), r"norm.weight \(3,\), not \(16"),
+    "rows too few": (lambda f: rewrite(f, NOTHING, vocab_size=300), "embed_tokens.weight"),
+    "layers beyond count": (configured(num_hidden_layers=10 ** 12), "too few for"),
+    "an output matrix although tied": (configured(tie_word_embeddings=True), "ties the output matrix"),
+    "sizes enormous": (configured(hidden_size=2 ** 50, head_dim=2 ** 20), "sizes beyond"),
+    "a size negative": (configured(hidden_size=-16), "dim is -16"),
+    "a size no number": (configured(hidden_size="sixteen"), "dim is 'sixteen'"),
+    "a size missing": (lambda f: (rewrite(f, NOTHING), edit_json(f / "config.json", lambda c: c.pop("hidden_size"))), "dim"),
+    "another architecture": (configured(model_type="gpt2"), "type gpt2"),
+    "no architecture": (configured(model_type=None), "type None"),
+    "attention bias": (configured(attention_bias=True), "attention bias"),
+    "MLP bias": (configured(mlp_bias=True), "bias in its MLP"),
+    "sliding window": (configured(sliding_window=4096), "sliding-window"),
+    "quantized": (configured(quantization_config={"quant_method": "gptq"}), "quantized"),
+    "another activation": (configured(hidden_act="gelu"), "gelu"),
+    "another rotary embedding": (configured(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "yarn"),
+    "rotary embedding by halves": (configured(rope_scaling={"rope_type": "llama3", "factor": 4.0}), "low_freq_factor"),
+    "part of the channels rotated": (configured(partial_rotary_factor=0.5), "partial"),
+    "another method": (configured(model_type="dmc_llama", dmc={"method": "h2o"}), "h2o"),
+    "rope_theta no number": (configured(rope_theta="large"), "rope_theta"),
+    "configuration a list": (lambda f: (rewrite(f, NOTHING), (f / "config.json").write_text("[]")), "no usable configuration"),
+    "configuration cut off": (lambda f: (rewrite(f, NOTHING), (f / "config.json").write_text('{"hid')), "damaged"),
+    "configuration missing": (lambda f: (rewrite(f, NOTHING), (f / "config.json").unlink()), "config.json is missing"),
+    "weights missing": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
+    "an empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), "damaged"),
+    "weights a pointer": (lambda f: (f / "model.safetensors").write_text(POINTER), "git lfs pull"),
+    "configuration a pointer": (lambda f: (f / "config.json").write_text(POINTER), "git lfs pull"),
+    "a shard missing": (lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model-1.safetensors"}}')), "lacks model-1.safetensors"),
+    "an index without map": (lambda f: ((f / "model.safetensors").unlink(),
+                                        (f / "model.safetensors.index.json").write_text("{}")), "no index"),
+    "an index that leaves the folder": (lambda f: ((f / "model.safetensors").unlink(), (
+        f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../secret"}}')), "lacks secret"),
+    "pickled code": (lambda f: ((f / "model.safetensors").unlink(), torch.save(
+        {"a": Transformer}, f / "pytorch_model.bin")), "more than weights"),
+    "pickled numbers": (lambda f: ((f / "model.safetensors").unlink(), torch.save({"a": 1}, f / "pytorch_model.bin")),
+                        "not all of it is tensors"),
+    "no pickle": (lambda f: ((f / "model.safetensors").unlink(), (f / "pytorch_model.bin").write_bytes(b"x" * 99)), "damaged"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CHECKPOINTS)
+def test_unusable_checkpoints_are_refused_in_a_sentence(tmp_path, plain, capsys, case):
+    damage, says = BAD_CHECKPOINTS[case]
+    folder = shutil.copytree(plain, tmp_path / "model")
+    damage(folder)
+    with pytest.raises(InputError, match=says):
+        dmc.load(folder)
+    said = refusal(generate.main, ["--ckpt", str(folder), "--prompt", "x"], capsys, tmp_path)
+    assert said.startswith("generate.py: ") and said.rstrip().endswith((".", ")"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@given(st.data())
+@settings(max_examples=80)
+def test_corrupted_checkpoints_neither_crash_nor_hang_nor_allocate_wildly(tmp_path_factory, plain, data):
+    """Random damage to one file: refused in one line, or harmless."""
+    folder = shutil.copytree(plain, tmp_path_factory.mktemp("corrupted") / "model")
+    file = folder / data.draw(st.sampled_from(["model.safetensors", "config.json", "tokenizer.json"]))
+    content = bytearray(file.read_bytes())
+    reach = len(content) if file.suffix == ".json" else 8 + int.from_bytes(content[:8], "little") + 40
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, min(reach, len(content)) - 1))
+        kind = data.draw(st.sampled_from(["set", "digit", "cut", "insert", "remove"]))
+        if kind == "set":
+            content[at] = data.draw(st.integers(0, 255))
+        elif kind == "digit":                    # numbers are where the damage hides
+            digits = [i for i in range(reach) if i < len(content) and chr(content[i]).isdecimal()] or [at]
+            content[data.draw(st.sampled_from(digits))] = data.draw(st.sampled_from(b"0123456789-eE."))
+        elif kind == "cut":
+            del content[max(1, at):]
+            break
+        elif kind == "insert":
+            content[at:at] = data.draw(st.binary(min_size=1, max_size=6))
+        else:
+            del content[at:at + data.draw(st.integers(1, 9))]
+    file.write_bytes(content)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")          # forget the peak so far
+    before, began = peak_memory(), time.monotonic()
+    for read in (dmc.load, dmc.Tokenizer.from_folder):
+        try:
+            read(folder)
+        except InputError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000
+    assert time.monotonic() - began < 10
+    assert peak_memory() - before < 3e8
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_warned_of(tmp_path, plain, value, capsys):
+    folder = shutil.copytree(plain, tmp_path / "model")
+    rewrite(folder, lambda w: w["model.layers.1.mlp.up_proj.weight"][3].fill_(value))
+    with pytest.warns(UserWarning, match=r"NaN or infinite, in layers.1.mlp.up_proj.weight;"):
+        dmc.load(folder)
+    with pytest.warns(UserWarning):
+        assert "not numbers" in refusal(generate.main, ["--ckpt", str(folder), "--prompt", "x"], capsys, tmp_path)
+
+
+LOADING = """
+import sys, torch, dmc
+from test_dmc import peak_memory as peak
+torch.zeros(1) + 1
+before = peak()
+model = dmc.load(sys.argv[1])
+size = sum(p.nbytes for p in model.parameters())
+assert all(p.sum(dtype=torch.float32).isfinite() for p in model.parameters())         # every weight is in memory now
+print(size, peak() - before)
+"""
+
+
+def test_loading_takes_no_more_memory_than_the_weights_smollm2(tmp_path, smollm2, measured):
+    """On 2 GB in bf16, in shards and in one file: below 1.15 times the weights."""
+    config = Config(vocab_size=32000, n_layer=18, n_head=16, n_kv_head=16, dim=2048, ffn_dim=5504, max_seq_len=2048, dmc=False)
+    torch.set_default_dtype(torch.bfloat16)
+    model = Transformer(config)
+    torch.set_default_dtype(torch.float32)
+    for shard_bytes in (10 ** 9, 5 * 10 ** 9):
+        dmc.save(model, tmp_path, shard_bytes=shard_bytes)
+        command = [sys.executable, "-c", LOADING, tmp_path]
+        size, peak = map(int, subprocess.run(command, cwd=HERE, capture_output=True, check=True).stdout.split())
+        files = len(dmc.weight_files(tmp_path))
+        measured[f"peak memory of loading {size / 1e9:.2f} GB in {files} files, in weights"] = peak / size
+        assert size > 2e9 and peak < 1.15 * size
+    shutil.rmtree(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ finding models
+
+def in_hub_cache(hub, plain, repo="meta-llama/Llama-2-7b-hf"):
+    folder = hub / ("models--" + repo.replace("/", "--"))
+    shutil.copytree(plain, folder / "snapshots/abc")
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text("abc")
+    return folder / "snapshots/abc"
+
+
+@pytest.mark.parametrize("variable, below", [("HF_HUB_CACHE", "."), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub"),
+                                             ("HOME", ".cache/huggingface/hub")])
+def test_models_are_found_in_hugging_faces_cache(tmp_path, monkeypatch, plain, variable, below):
+    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    expected = in_hub_cache(tmp_path / below, plain)
+    assert generate.locate("llama2-7b") == generate.locate("meta-llama/Llama-2-7b-hf") == expected
+    assert generate.locate(str(plain)) == plain
+
+
+def test_models_that_are_not_there(tmp_path, monkeypatch, capsys, plain):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)          # as if it were not installed
+    monkeypatch.chdir(tmp_path)
+    for main, flag in ((generate.main, "--ckpt"), (train.main, "--init")):
+        said = refusal(main, [flag, "llama2-13b"], capsys, tmp_path)
+        assert "pip install huggingface_hub && hf download meta-llama/Llama-2-13b-hf --include '*.json' '*.safetensors'" in said
+        assert "no folder, and no model's name" in refusal(main, [flag, "missing"], capsys, tmp_path)
+    snapshot_of = in_hub_cache(tmp_path / "hub", plain, "a/b")
+    (snapshot_of / "model.safetensors").unlink()                        # half fetched
+    assert "hf download a/b" in refusal(generate.main, ["--ckpt", "a/b"], capsys, tmp_path)
+    fetched = []
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(
+        snapshot_download=lambda repo, allow_patterns: fetched.append(repo) or str(plain)))
+    assert generate.locate("a/b") == plain and fetched == ["a/b"]
+
+    def fails(repo, allow_patterns):
+        raise ConnectionError("no route\nto host")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=fails))
+    assert "ConnectionError: no route" in refusal(generate.main, ["--ckpt", "a/b"], capsys, tmp_path)
+
+
+def test_known_shapes():
+    """The parameters that the models are named for."""
+    for name, billions in (("llama2-7b", 6.74), ("llama2-13b", 13.02), ("llama2-70b", 68.98)):
+        with torch.device("meta"):
+            model = Transformer(Config(**generate.SHAPES[name], dmc=False))
+        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+@pytest.fixture
+def tiny_shape(monkeypatch):
+    monkeypatch.setitem(generate.SHAPES, "tiny", dict(vocab_size=300, n_layer=1, n_head=4, n_kv_head=2, dim=16, ffn_dim=24,
+                                                      max_seq_len=64))
+
+
+def test_random_weights(tmp_path, monkeypatch, tiny_shape, text, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = generate.random_model("tiny")
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters()) and torch.get_default_dtype() == torch.float32
+    assert generate.main(["--ckpt", "tiny", "--random-weights", "--prompt", "x", "--tokens", "5"]) == 0
+    assert train.main(["--init", "tiny", "--random-weights", "--data", text, *RETROFIT, "--out", "run"]) == 0
+    assert dmc.load("run/cr3").config.vocab_size == 300
+    capsys.readouterr()
+    assert "no shape" in refusal(generate.main, ["--ckpt", "huge", "--random-weights"], capsys, tmp_path)
+    assert "--random-weights needs" in refusal(train.main, ["--random-weights", "--data", text], capsys, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ a given model
+
+RETROFIT = ["--context", "16", "--batch", "2", "--free-steps", "3", "--retrofit-steps", "5", "--solidify-steps", "3",
+            "--cr", "3", "--keep", "2", "3", "--eval-sequences", "4", "--save-every", "4", "--log-every", "3", "--warmup", "2",
+            "--c", "0"]
+
+
+def own_loss(model, s, tokens):
+    x, y = train.batch(tokens, s, 0, "cpu")
+    return F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten()).item()
+
+
+def test_a_given_model_is_retrofitted(tmp_path, plain, text, capsys):
+    out, before = tmp_path / "run", snapshot(plain)
+    assert train.main(["--init", str(plain), "--data", text, *RETROFIT, "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "nats/token" in shown and "to pretrained" in shown and "control" not in shown and snapshot(plain) == before
+    steps = [json.loads(line) for line in curve(out).splitlines()]
+    assert [s["phase"] for s in steps] == ["free"] * 3 + ["retrofit"] * 5 + ["solidify"] * 9
+    s = train.Settings(**json.loads((out / "run.json").read_text())["settings"])
+    given = dmc.load(plain)
+    assert steps[0]["loss"] == pytest.approx(own_loss(given, s, train.load_data(s, dmc.Tokenizer.from_folder(plain))[0]))
+    assert not (out / "pretrained/model.safetensors").exists()           # measured, not copied
+    made = dmc.load(out / "cr3")
+    assert made.config == train.replace(given.config, **s.method(dmc=True))
+    assert (out / "cr3/tokenizer.json").read_bytes() == (plain / "tokenizer.json").read_bytes()
+    section = json.loads((out / "cr3/config.json").read_text())["dmc"]
+    assert section["phase"] == "solidify" and section["target_cr"] == 3 and section["cr"] > 1
+    assert generate.main(["--ckpt", str(out), "--prompt", "3 times", "--tokens", "4"]) == 0
+    assert train.main(["--resume", "--out", str(out)]) == 0
+
+
+def test_a_given_model_with_a_control_and_a_kill(tmp_path, plain, text, monkeypatch):
+    curves = []
+    for name, dies_at in (("whole", None), ("killed", 9)):
+        arguments = ["--out", str(tmp_path / name)]
+        with pytest.MonkeyPatch.context() as patch:
+            calls, step = iter(range(100)), train.train_step
+
+            def dying_step(*args, dies_at=dies_at, calls=calls, step=step):
+                if next(calls) == dies_at:
+                    raise RuntimeError("power cut")
+                return step(*args)
+
+            patch.setattr(train, "train_step", dying_step)
+            with contextlib.suppress(RuntimeError):
+                train.main([*arguments, "--init", str(plain), "--control", "--data", text, *RETROFIT])
+        assert train.main([*arguments, "--resume"]) == 0
+        curves.append(curve(tmp_path / name))
+    assert curves[0] == curves[1] and "control" in summary(tmp_path / "whole")
+
+
+BAD_INIT = {
+    "a size of the small model": (["--layers", "2"], "--layers is for the small model"),
+    "steps of pretraining": (["--pretrain-steps", "5"], "--pretrain-steps is for the small model"),
+    "more context than positions": (["--context", "65"], "more than the model's 64 positions"),
+    "compressed already": (["--init", "cr3"], "is a DMC model already"),
+    "no tokenizer": (["--init", "mute"], "holds no tokenizer.json"),
+    "another tokenizer": (["--init", "mixed"], "belongs to another model"),
+    "a tokenizer of too many": (["--init", "many"], "belongs to another model"),
+    "a pointer for a tokenizer": (["--init", "pointer"], "git lfs pull"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INIT)
+def test_train_refuses_a_given_model(tmp_path, monkeypatch, plain, finished, text, capsys, case):
+    arguments, says = BAD_INIT[case]
+    for name in ("plain", "mute", "mixed", "many", "pointer"):
+        shutil.copytree(plain, tmp_path / name)
+    shutil.copytree(finished / "cr3", tmp_path / "cr3")
+    (tmp_path / "mute/tokenizer.json").unlink()
+    edit_json(tmp_path / "mixed/config.json", lambda c: c.update(vocab_size=32000))
+    edit_json(tmp_path / "many/config.json", lambda c: c.update(vocab_size=256))
+    (tmp_path / "pointer/tokenizer.json").write_text(POINTER)
+    monkeypatch.chdir(tmp_path)
+    given = [] if "--init" in arguments else ["--init", "plain"]
+    assert says in refusal(train.main, [*given, "--data", text, "--context", "16", *arguments], capsys, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ tokenizers
+
+SAMPLE = "".join(Path(f).read_text(encoding="utf-8", errors="ignore")[:4000] for f in train.standard_library()[:60]) + """
+Größe, naïve café, Привет мир, Ελληνικά, 中文分词测试, 日本語のテキスト, 한국어, العربية, עברית, हिन्दी, ไทย,
+emoji 🙂👍🏽👨‍👩‍👧, 1234567890, ½ ² Ⅷ,
+\tTabs, "quotes" and 'apostrophes': it's, we'll, I'd, THEY'RE, don’t … — – ▁ underscores ▁▁ ∑ ∫ √
+"""
+SPECIAL = ["<s>", "</s>", "<|start|>"]
+AWKWARD = st.sampled_from([
+    "▁", " ", "  ", " " * 17, "\n", "\r\n", "\t", "\x00", "\x04", "\x1d", "\x7f", "\x85", "\xa0", "\xad", "\u3000", "\ufeff",
+    "\ufffd", "'s", "'S", "'\u017f", "12345", "½", "Ⅷ", "é", "e\u0301", "🙂", "👨\u200d👩", "中文", "\U000c0000", "\U0010ffff",
+    "<s>", " </s>", "<|start|>", "<s", "the", "def ", "==", "=====", "aaaaaaaa"])
+TEXTS = st.one_of(st.text(), st.lists(st.one_of(AWKWARD, st.text(max_size=3)), max_size=12).map("".join))
+
+
+def byte_level(pre_tokenizer, alphabet=True, template=False, **model):
+    """A tokenizer.json of byte-level BPE, trained here. alphabet False: bytes that the sample lacks stay unknown."""
+    tokenizers = oracle("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(**model))
+    made.pre_tokenizer = pre_tokenizer(tokenizers.pre_tokenizers, tokenizers.Regex)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet() if alphabet else []
+    made.train_from_iterator(SAMPLE.splitlines(keepends=True), tokenizers.trainers.BpeTrainer(
+        vocab_size=900, special_tokens=SPECIAL, initial_alphabet=letters, show_progress=False))
+    if template:
+        made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return made.to_str()
+
+
+def sentencepiece_model(directory):
+    """A SentencePiece BPE vocabulary with byte fallback, trained here: its processor."""
+    sentencepiece = oracle("sentencepiece")
+    (directory / "sample.txt").write_text(SAMPLE)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(directory / "sample.txt"), model_prefix=str(directory / "sp"), model_type="bpe", vocab_size=1200,
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
+        allow_whitespace_only_pieces=True, character_coverage=0.995, minloglevel=2)
+    return sentencepiece.SentencePieceProcessor(model_file=str(directory / "sp.model"))
+
+
+def sentencepiece_json(processor, normalized=False, **form):
+    """That vocabulary as tokenizer.json, in the form that Llama 2's has, or another one."""
+    pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    score = {piece: processor.get_score(i) for i, piece in enumerate(pieces)}
+    merges = [(piece[:i], piece[i:]) for piece in pieces for i in range(1, len(piece))
+              if piece[:i] in vocab and piece[i:] in vocab
+              and not processor.is_control(vocab[piece]) and not processor.is_byte(vocab[piece])]
+    merges.sort(key=lambda pair: (-score[pair[0] + pair[1]], vocab[pair[0]], vocab[pair[1]]))
+    special = [{"id": i, "content": name, "special": True, "normalized": normalized, "single_word": False, "lstrip": False,
+                "rstrip": False} for name, i in (("<unk>", 0), ("<s>", 1), ("</s>", 2))]
+    special.append({**special[0], "id": len(pieces), "content": "<|start|>", "special": False})
+    llama2 = {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, {
+        "type": "Replace", "pattern": {"String": " "}, "content": "▁"}]}, "pre_tokenizer": None, "decoder": {
+            "type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {
+                "type": "ByteFallback"}, {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}}
+    return json.dumps({"version": "1.0", "truncation": None, "padding": None, "added_tokens": special, **llama2, **form,
+                       "post_processor": {"type": "TemplateProcessing", "single": [
+                           {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+                           "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+                           "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}},
+                       "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "vocab": vocab,
+                                 "dropout": None, "merges": [" ".join(pair) for pair in merges]}})
+
+
+def metaspace(scheme, split):
+    step = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split}
+    return {"normalizer": None, "pre_tokenizer": step}
+
+
+LLAMA3 = dmc.SPLITS["Llama 3"]
+MAKES = {
+    "GPT-2": lambda sp: byte_level(lambda pre, _: pre.ByteLevel(add_prefix_space=False)),
+    "GPT-2, bytes missing": lambda sp: byte_level(lambda pre, _: pre.ByteLevel(add_prefix_space=False), alphabet=False),
+    "SmolLM2": lambda sp: byte_level(lambda pre, _: pre.Sequence([
+        pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]), alphabet=False),
+    "Llama 3": lambda sp: byte_level(lambda pre, regex: pre.Sequence([
+        pre.Split(regex(LLAMA3), "isolated"), pre.ByteLevel(add_prefix_space=False, use_regex=False)]), template=True),
+    "Llama 3, whole words first": lambda sp: byte_level(lambda pre, regex: pre.Sequence([
+        pre.Split(regex(LLAMA3), "isolated"), pre.ByteLevel(add_prefix_space=False, use_regex=False)]), ignore_merges=True),
+    "Llama 2": lambda sp: sentencepiece_json(sp),
+    "Llama 2, names normalized": lambda sp: sentencepiece_json(sp, normalized=True),
+    "Mistral": lambda sp: sentencepiece_json(sp, **metaspace("first", False)),
+    "a blank before every section": lambda sp: sentencepiece_json(sp, **metaspace("always", False)),
+    "word by word": lambda sp: sentencepiece_json(sp, **metaspace("never", True)),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """name -> (ours, the oracle), made when first asked for."""
+    made, processor = {}, []
+
+    def of(name):
+        tokenizers = oracle("tokenizers")
+        if name not in made:
+            if not processor:
+                processor.append(sentencepiece_model(tmp_path_factory.mktemp("sp")))
+            facts = MAKES[name](processor[0])
+            made[name] = dmc.Tokenizer({"tokenizer.json": facts.encode()}), tokenizers.Tokenizer.from_str(facts)
+        return made[name]
+    return of
+
+
+def assert_same_tokens(ours, theirs, text):
+    """The same ids in all four ways, the same text back, and a stream that never shows half a character."""
+    for special in (True, False):
+        theirs.encode_special_tokens = not special
+        for prefix in (True, False):
+            ids = theirs.encode(text, add_special_tokens=prefix).ids
+            assert ours.encode(text, special=special, prefix=prefix) == ids
+        if theirs.decode(ids, skip_special_tokens=False) == text:
+            assert ours.decode(ids, special=True) == text
+            assert ours.special & set(ids) or ours.decode(ids) == text
+    if ours.decode(ids, special=True) == text and "\ufffd" not in text:
+            decoder = codecs.getincrementaldecoder("utf-8")("replace")
+            assert "\ufffd" not in "".join(decoder.decode(ours.token_bytes([i], special=True)) for i in ids)
+
+
+@pytest.mark.parametrize("name", MAKES)
+@given(text=TEXTS)
+@settings(max_examples=150)
+def test_tokens_equal_the_tokenizers_library(trained, name, text):
+    assert_same_tokens(*trained(name), text)
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_tokens_of_sources_equal_the_tokenizers_library(trained, name):
+    """Longer texts: Python sources, long runs of blanks and of one character, and every character of the first planes."""
+    ours, theirs = trained(name)
+    texts = [Path(f).read_text(encoding="utf-8", errors="ignore") for f in train.standard_library()[::40]]
+    planes = [chr(c) for c in range(0x20000) if not 0xD800 <= c < 0xE000]
+    texts += ["".join(planes[i:i + 4096]) for i in range(0, len(planes), 4096)]
+    texts += ["a".join([" " * n, "\n" * n, "▁" * n, "=" * n, "a" * n]) for n in (1, 2, 3, 15, 16, 17, 100, 5000)]
+    for text in texts:
+        assert_same_tokens(ours, theirs, text)
+
+
+def test_tokens_equal_sentencepiece(trained, tmp_path):
+    ours, _ = trained("Llama 2")
+    processor = sentencepiece_model(tmp_path)
+    for text in (SAMPLE, " two  blanks ", "▁", "x" * 300, "\n\n", *SAMPLE.splitlines()):
+        assert ours.encode(text, special=False) == processor.encode(text)
+
+
+def test_the_byte_tokenizer_is_one_for_the_tokenizers_library(tmp_path):
+    ours = dmc.Tokenizer.bytes()
+    theirs = oracle("tokenizers").Tokenizer.from_str(ours.files["tokenizer.json"].decode())
+    for text in (SAMPLE, "a<|endoftext|>b"):
+        assert_same_tokens(ours, theirs, text)
+    assert ours.encode("<|endoftext|>") == [256] and len(ours.encode("<|endoftext|>", special=False)) == 13
+
+
+def changed(**facts):
+    return lambda t: t.update(facts)
+
+
+def changed_model(**facts):
+    return lambda t: t["model"].update(facts)
+
+
+def added(**facts):
+    return lambda t: t["added_tokens"][0].update(facts)
+
+
+BAD_TOKENIZERS = {
+    "unknown pre-tokenizer": (changed(pre_tokenizer={"type": "BertPreTokenizer"}), "unknown pre-tokenizer, BertPreTokenizer"),
+    "unknown pattern": (changed(pre_tokenizer={"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": "x+"}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}), r"Split.*x\+"),
+    "a blank in front": (changed(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}), "add_prefix_space"),
+    "digits in groups": (changed(pre_tokenizer={"type": "Sequence", "pretokenizers": [
+        {"type": "Digits", "individual_digits": False}, {"type": "ByteLevel", "add_prefix_space": False}]}), "Digits"),
+    "unknown normalizer": (changed(normalizer={"type": "NFKC"}), "NFKC"),
+    "unknown post-processor": (changed(post_processor={"type": "BertProcessing"}), "BertProcessing"),
+    "tokens behind a text": (changed(post_processor={"type": "TemplateProcessing", "special_tokens": {}, "single": [
+        {"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "<s>"}}]}), "behind every text"),
+    "another model": (changed_model(type="Unigram"), "type Unigram"),
+    "dropout": (changed_model(dropout=0.1), "dropout"),
+    "suffixes": (changed_model(end_of_word_suffix="</w>"), "end_of_word_suffix"),
+    "no byte fallback": (changed(pre_tokenizer=None), "byte fallback"),
+    "a token that eats blanks": (added(lstrip=True), "lstrip"),
+    "a token that is a word": (added(single_word=True), "single_word"),
+    "no model": (lambda t: t.pop("model"), "damaged"),
+    "no vocabulary": (lambda t: t["model"].pop("vocab"), "damaged"),
+    "merges of one": (changed_model(merges=["a"]), "damaged"),
+    "an id no number": (added(id="x"), "damaged"),
+    "an id negative": (changed_model(vocab={"a": -1}), "damaged"),
+    "bytes missing for the fallback": (lambda t: (t.update(pre_tokenizer=None), t["model"].update(byte_fallback=True)),
+                                       "damaged"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TOKENIZERS)
+def test_tokenizers_that_are_not_known_are_refused_by_name(tmp_path, case):
+    change, says = BAD_TOKENIZERS[case]
+    (tmp_path / "tokenizer.json").write_bytes(dmc.Tokenizer.bytes().files["tokenizer.json"])
+    edit_json(tmp_path / "tokenizer.json", change)
+    with pytest.raises(InputError, match=says) as refused:
+        dmc.Tokenizer.from_folder(tmp_path)
+    assert "\n" not in str(refused.value) and str(tmp_path) in str(refused.value)
+
+
+def test_ends_of_text_are_gathered(tmp_path, plain):
+    folder = shutil.copytree(plain, tmp_path / "model")
+    edit_json(folder / "config.json", lambda c: c.update(eos_token_id=[3, 256]))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [256, 7]}')
+    tokenizer = dmc.Tokenizer.from_folder(folder)
+    assert tokenizer.stops == [3, 256, 7] and tokenizer.eos == 3
+    dmc.save(dmc.load(plain), tmp_path / "again", tokenizer)
+    again = dmc.Tokenizer.from_folder(tmp_path / "again")
+    assert again.stops == tokenizer.stops and again.files == tokenizer.files
+    edit_json(folder / "config.json", lambda c: c.pop("eos_token_id"))
+    (folder / "generation_config.json").unlink()
+    assert dmc.Tokenizer.from_folder(folder).eos is None
+
+
+def test_too_many_blanks_in_a_row_are_refused():
+    with pytest.raises(InputError, match="blanks in a row"):
+        dmc.Tokenizer.bytes().encode(" " * 3_000_000 + "x")
+
+
+# ------------------------------------------------------------------------------------------------ SmolLM2
+
+@pytest.fixture(scope="session")
+def smollm2_pair(smollm2):
+    """The model in fp32, ours and transformers'."""
+    transformers = oracle("transformers")
+    theirs = transformers.LlamaForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    return dmc.load(smollm2, dtype=torch.float32), theirs.eval()
+
+
+@torch.no_grad()
+def test_smollm2_logits_equal_transformers(smollm2, smollm2_pair, english, measured):
+    ours, theirs = smollm2_pair
+    tokens = torch.tensor([dmc.Tokenizer.from_folder(smollm2).encode(english[:8000])[:1024]])
+    exact = theirs(tokens).logits
+    measured["largest error of fp32 logits over 1,024 tokens, relative"] = largest_error(ours(tokens)[0], exact)
+    assert tokens.size(1) == 1024 and largest_error(ours(tokens)[0], exact) < 1e-4
+    half = type(theirs).from_pretrained(smollm2, dtype=torch.bfloat16)
+    errors = [(logits.float() - exact).norm().item() for logits in (dmc.load(smollm2)(tokens)[0], half(tokens).logits)]
+    measured["error of bf16 logits, in transformers' own"] = errors[0] / errors[1]
+    assert errors[0] < 1.2 * errors[1]
+
+
+@torch.no_grad()
+def test_smollm2_greedy_generation_equals_transformers(smollm2, smollm2_pair, english):
+    ours, theirs = smollm2_pair
+    for prompt in (english[:600], "The capital of France is"):
+        ids = dmc.Tokenizer.from_folder(smollm2).encode(prompt)
+        expected = theirs.generate(torch.tensor([ids]), max_new_tokens=200, do_sample=False, eos_token_id=None, pad_token_id=0)
+        cache = ours.Cache(ours.config, 1)
+        greedy = generate.generate(ours, cache, ids, 200, lambda x: generate.sample(x, 0, 0, 1.0, None))
+        assert list(greedy) == expected[0, len(ids):].tolist()
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizers(smollm2):
+    theirs = oracle("tokenizers").Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
+    return dmc.Tokenizer.from_folder(smollm2), theirs
+
+
+def test_smollm2_tokens_equal_the_tokenizers_library(smollm2_tokenizers, english, measured):
+    ours, theirs = smollm2_tokenizers
+    began = time.perf_counter()
+    ours.encode(english)
+    then = time.perf_counter()
+    theirs.encode(english)
+    measured["encoding 1.8 MB, ours / tokenizers' seconds"] = (then - began) / (time.perf_counter() - then)
+    theirs.encode_special_tokens = False
+    everything = "".join(chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000)
+    planes = [everything[i:i + 65536] for i in range(0, len(everything), 65536)]
+    sources = [Path(f).read_text(encoding="utf-8", errors="ignore") for f in train.standard_library()]
+    for text in [english[:2_000_000], *planes, *(" ".join(plane[:3000]) for plane in planes), *sources]:
+        ids = theirs.encode(text).ids
+        assert ours.encode(text) == ids
+        if theirs.decode(ids) == text:
+            assert ours.decode(ids) == text
+
+
+@given(text=TEXTS)
+@settings(max_examples=300)
+def test_smollm2_tokens_of_awkward_texts(smollm2_tokenizers, text):
+    for awkward in (text, text.replace("<s>", "<|im_start|>").replace("the", "\x04").replace("\n", "\U00050000")):
+        assert_same_tokens(*smollm2_tokenizers, awkward)
+
+
+class Clock:
+    """Takes the time of every token that transformers generates."""
+
+    def put(self, _):
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_smollm2_is_no_slower_than_transformers(smollm2, english, measured, dtype):
+    """Seconds of a prefill of 512 tokens, and of a token after it: medians of turns taken one after the other."""
+    ours = dmc.load(smollm2, dtype=dtype)
+    theirs = oracle("transformers").LlamaForCausalLM.from_pretrained(smollm2, dtype=dtype).eval()
+    ids, clock, seconds = dmc.Tokenizer.from_folder(smollm2).encode(english[:8000])[:512], Clock(), {"ours": [], "theirs": []}
+    for _ in range(10):
+        clock.times = [time.perf_counter()]
+        for _ in generate.generate(ours, ours.Cache(ours.config, 1, None, dtype), ids, 20, lambda x: x.argmax().item()):
+            clock.put(None)
+        seconds["ours"].append(np.diff(clock.times))
+        clock.times, began = [], time.perf_counter()
+        theirs.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0,
+                        streamer=clock)
+        seconds["theirs"].append(np.diff([began, *clock.times[1:]]))       # it shows the prompt first
+    ratio = {}
+    for name, of in (("prefill of 512 tokens", lambda x: x[:, 0]), ("decoding", lambda x: x[:, 1:])):
+        ratio[name] = np.median(of(np.array(seconds["ours"]))) / np.median(of(np.array(seconds["theirs"])))
+        measured[f"{name} in {dtype}, ours / transformers' seconds"] = ratio[name]
+    assert max(ratio.values()) < 1.15        # equal, give or take this machine's noise
+
+
+def test_smollm2_knows_the_capital_of_france(smollm2, capsys):
+    assert generate.main(["--ckpt", str(smollm2), "--prompt", "The capital of France is", "--tokens", "12"]) == 0
+    assert "The capital of France is Paris" in capsys.readouterr().out
+
+
+def test_smollm2_is_retrofitted(smollm2, smollm2_pair, english, tmp_path, capsys):
+    """All phases for a few steps; the loss at step 0 is the model's own, as transformers has it."""
+    (tmp_path / "text").write_text(english[:200_000])
+    steps = ["--free-steps", "2", "--retrofit-steps", "2", "--solidify-steps", "1", "--cr", "2", "--eval-sequences", "2"]
+    assert train.main(["--init", str(smollm2), "--data", str(tmp_path / "text"), *steps, "--context", "64", "--batch", "2",
+                       "--lr", "3e-5", "--out", str(tmp_path / "run")]) == 0
+    s = train.Settings(**json.loads((tmp_path / "run/run.json").read_text())["settings"])
+    x, y = train.batch(train.load_data(s, dmc.Tokenizer.from_folder(smollm2))[0], s, 0, "cpu")
+    with torch.no_grad():
+        expected = F.cross_entropy(smollm2_pair[1](x).logits.flatten(0, 1), y.flatten()).item()
+    first = json.loads(curve(tmp_path / "run").splitlines()[0])
+    assert first["phase"] == "free" and first["loss"] == pytest.approx(expected, abs=1e-4)
+    shutil.rmtree(tmp_path / "run")
 
 
 # ------------------------------------------------------------------------------------------------ the whole

@@ -22,6 +22,7 @@ import signal
 import sys
 import sysconfig
 import time
+import warnings
 import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -553,6 +554,7 @@ def open_run(argv):
 def main(argv=None):
     torch.set_flush_denormal(True)      # products of many small alphas are denormal, which CPUs are slow at
     sys.stdout.reconfigure(errors="replace")      # a terminal that cannot show a character shows ? instead
+    warnings.formatwarning = lambda message, *_: f"train.py: warning: {message}\n"
     run = None
     try:
         run, carry_out = open_run(argv)
