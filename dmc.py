@@ -752,7 +752,7 @@ def load(path, ops=None, device=None, dtype=None, **changes):
     check_weights(path, expected, weights, tied)
     dtype = dtype or weights["embed_tokens.weight"].dtype
     weights = {name: w.to(device=device, dtype=dtype) for name, w in weights.items()}
-    if bad := [name for name, w in weights.items() if not w.sum(dtype=torch.promote_types(dtype, torch.float32)).isfinite()]:
+    if bad := [name for name, w in weights.items() if not all(x.isfinite() for x in torch.aminmax(w))]:
         warnings.warn(f"{path} has weights that are NaN or infinite, in {listed(bad)}; what the model says will be useless.",
                       stacklevel=2)
     model.load_state_dict(weights, assign=True, strict=False)
