@@ -34,6 +34,7 @@ import sys
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -652,22 +653,21 @@ def save(model, path, tokenizer=None, shard_bytes=5 * 10 ** 9, **facts):
         shards[-1]["lm_head.weight" if name == "lm_head.weight" else "model." + name] = p.detach().contiguous()
     config["torch_dtype"] = str(p.dtype).removeprefix("torch.")
     metadata = {"format": "pt", "config": json.dumps(config)}
-    index_file, single = path / "model.safetensors.index.json", path / "model.safetensors"
-    stale = set(read_json(index_file)["weight_map"].values()) if index_file.exists() else set()
-    if len(shards) == 1:
-        write_atomically(single, lambda f: save_file(shards[0], f, metadata=metadata))     # goes before any index
-        index_file.unlink(missing_ok=True)
+    names, index = ["model.safetensors"], path / "model.safetensors.index.json"
+    if len(shards) > 1:
+        stems = ("model" if i == 0 else f"model-{i}" for i in count())
+        free = next(stem for stem in stems if not any(path.glob(f"{stem}-?????-of-?????.safetensors")))
+        names = [f"{free}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for name, weights in zip(names, shards, strict=True):
+        write_atomically(path / name, lambda f, weights=weights: save_file(weights, f, metadata=metadata))
+    if len(shards) > 1:         # which count from now on, unless there is one old file: that one counts until it is gone
+        write_json(index, {"metadata": {"total_size": sum(p.nbytes for p in model.parameters())},
+                           "weight_map": {key: name for name, weights in zip(names, shards, strict=True) for key in weights}})
     else:
-        stem = next(s for s in ("model", "model-b") if f"{s}-00001-of-{len(shards):05}.safetensors" not in stale)
-        files = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        for file, weights in zip(files, shards, strict=True):
-            write_atomically(path / file, lambda f, weights=weights: save_file(weights, f, metadata=metadata))
-        total = sum(p.nbytes for p in model.parameters())
-        where = {name: file for file, weights in zip(files, shards, strict=True) for name in weights}
-        write_json(index_file, {"metadata": {"total_size": total}, "weight_map": where})
-        single.unlink(missing_ok=True)
-    for file in stale:
-        (path / file).unlink(missing_ok=True)
+        index.unlink(missing_ok=True)
+    for file in path.glob("model*.safetensors"):
+        if file.name not in names:
+            file.unlink()
     write_json(path / "config.json", config)
     for name, content in (tokenizer.files if tokenizer is not None else {}).items():
         write_atomically(path / name, lambda f, content=content: f.write_bytes(content))
