@@ -476,9 +476,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, *context):
+    def forward(self, x, last, *context):
         y, alpha = self.self_attn(self.input_layernorm(x), *context)
-        x = x + y
+        x = (x + y)[:, -1:] if last else x + y
         return x + self.mlp(self.post_attention_layernorm(x)), alpha
 
 
@@ -506,7 +506,8 @@ class Transformer(nn.Module):
         cache: tokens continue the sequences in it. noise: relaxed, noisy decisions (Eq. 8), for training only.
         gain: Eq. 12's factor on the control channels, 1 (plain Llama) to 0, nothing decided; None: what config.dmc says.
         With a cache, gain must agree with the cache's own: 0 for a DMC model, 1 for a plain one.
-        last: logits of the last token only, (B, 1, vocab), which is all that generating needs.
+        last: logits of the last token only, (B, 1, vocab), which is all that generating needs. The last layer's MLP then
+        works for no other token.
         """
         if gain is None and not self.config.dmc:
             gain = 1.0
@@ -520,10 +521,9 @@ class Transformer(nn.Module):
         x = self.embed_tokens(tokens)
         alphas = []
         for i, layer in enumerate(self.layers):
-            x, alpha = layer(x, i, cos, sin, cache, noise, gain)
+            x, alpha = layer(x, last and i == self.config.n_layer - 1, i, cos, sin, cache, noise, gain)
             alphas.append(alpha)
-        x = self.norm(x[:, -1:] if last else x)
-        return self.lm_head(x), torch.stack(alphas) if gain is None else None
+        return self.lm_head(self.norm(x)), torch.stack(alphas) if gain is None else None
 
     def control_rows(self):
         """Views, without gradient, of the projections' rows that feed the control channels: (heads, dim) each."""
@@ -623,9 +623,9 @@ def config_from_json(facts, source="config.json"):
         if section and section.get("method") != "dmc":
             raise InputError(f"{source} names the method {section.get('method')}; only dmc is known here.")
         return Config(dmc=bool(section), **values, **{name: section[name] for name in ("window", "tau", "c") if section})
+    except InputError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{source} is no usable configuration ({type(error).__name__}: {error}); restore it.") from None
 
 

@@ -1063,7 +1063,7 @@ def test_logits_equal_transformers(tmp_path_factory, config, seed):
         cache = ours.Cache(config, 2)
         cached = torch.cat([ours(part, cache)[0] for part in tokens.split([20, 1, 30, 13], dim=1)], dim=1)
         assert largest_error(cached, expected) < 1e-4
-        assert torch.equal(ours(tokens, last=True)[0], ours(tokens)[0][:, -1:])
+        assert largest_error(ours(tokens, last=True)[0], expected[:, -1:]) < 1e-4
 
 
 def test_half_precision_is_as_good_as_transformers(tmp_path):
