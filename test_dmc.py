@@ -28,6 +28,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dmc
+import dmc_fast
 import generate
 import train
 from dmc import Cache, Config, InputError, Transformer
@@ -122,6 +123,7 @@ def literal_llama(model, tokens):
 
 # ------------------------------------------------------------------------------------------------ drawn inputs
 
+both = pytest.mark.parametrize("ops", [dmc, dmc_fast], ids=["reference", "fast"])
 windows = st.sampled_from([None, 1, 2, 3, 12, 100])
 lengths = st.sampled_from([1, 2, 3, 7, 13, 17, 30])
 groups = st.sampled_from([(4, 4), (3, 1), (8, 2), (6, 2), (1, 1)])      # (H, G): groups of 1, 3, 4, 3, 1
@@ -145,21 +147,21 @@ def qkv(seed, heads, T, B=2, D=8, merge=None):
     return q, k, v, alpha, torch.rand(B, G, T, generator=rng, dtype=torch.float64) + 0.01
 
 
-def model_of(seed, heads=(4, 4), window=12, **changes):
+def model_of(seed, heads=(4, 4), window=12, ops=dmc, **changes):
     """A Transformer in fp64 whose weights are large enough that decisions and attention vary."""
     torch.manual_seed(seed)
-    model = Transformer(config_of(heads, window, **changes)).double()
+    model = Transformer(config_of(heads, window, **changes), ops).double()
     for p in model.parameters():
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.5)
     return model
 
 
-def parallel_form(q, k, v, alpha, omega, config):
+def parallel_form(ops, q, k, v, alpha, omega, config):
     """The training form on decisions that are given: Eq. 9, rotation, the mask."""
-    k, v = dmc.accumulate(k, v, alpha, omega, config.window)
+    k, v = ops.accumulate(k, v, alpha, omega, config.window)
     cos, sin = dmc.rotary_table(config, q.size(2))
-    return dmc.attend(dmc.rotate_heads(q, cos, sin, 0.0), dmc.rotate_heads(k, cos, sin, 0.0), v, torch.log1p(-alpha))
+    return ops.attend(dmc.rotate_heads(q, cos, sin, 0.0), dmc.rotate_heads(k, cos, sin, 0.0), v, torch.log1p(-alpha))
 
 
 def through_cache(model, tokens, split, **kwargs):
@@ -215,9 +217,10 @@ def test_importance_is_the_sigmoid_of_the_groups_mean(seed, heads, T):
         assert_close(omega[:, g], torch.from_numpy(1 / (1 + np.exp(-mean))))
 
 
+@both
 @pytest.mark.parametrize("extreme", [1e4, -1e4, 50.0, -50.0, 0.0])
 @pytest.mark.parametrize("window", [None, 3])
-def test_extreme_logits_give_finite_values_and_gradients(extreme, window):
+def test_extreme_logits_give_finite_values_and_gradients(ops, extreme, window):
     torch.manual_seed(0)
     config = config_of(window=window)
     q, k, v = (torch.randn(2, 4, 9, 8, requires_grad=True) for _ in range(3))
@@ -226,69 +229,75 @@ def test_extreme_logits_give_finite_values_and_gradients(extreme, window):
     for noise in (True, False):
         alpha, keep = dmc.relaxed_decision(logit, config, noise)
         omega = dmc.importance(weight, 4)
-        y = dmc.attend(q, *dmc.accumulate(k, v, alpha, omega, window), keep)
+        y = ops.attend(q, *ops.accumulate(k, v, alpha, omega, window), keep)
         loss = y.square().sum() + dmc.compression_loss([alpha], 4)
         grads = torch.autograd.grad(loss, [q, k, v, weight] + ([logit] if noise else []))
         assert all(x.isfinite().all() for x in (y, *grads))
-    cache = Cache(config, 2)
+    cache = ops.Cache(config, 2)
     hard = dmc.relaxed_decision(logit, config, noise=False)[0]
     assert all(cache.attend(0, *(x[:, :, t:t + 1] for x in (q, k, v, hard, omega))).isfinite().all() for t in range(9))
 
 
 # ------------------------------------------------------------------------------------------------ Eq. 9
 
+@both
 @given(seeds, lengths, windows)
-def test_accumulate_is_the_literal_recurrence(seed, T, window):
+def test_accumulate_is_the_literal_recurrence(ops, seed, T, window):
     _, k, v, alpha, omega = qkv(seed, (3, 3), T)
     alpha = torch.rand_like(alpha)
     alpha[..., 0] = 0
-    k_mean, v_mean = dmc.accumulate(k, v, alpha, omega, window)
+    k_mean, v_mean = ops.accumulate(k, v, alpha, omega, window)
     for b, g in np.ndindex(2, 3):
         for x, mean in ((k, k_mean), (v, v_mean)):
             expected = literal_accumulate(x[b, g].numpy(), alpha[b, g].numpy(), omega[b, g].numpy(), window)
             assert_close(mean[b, g], torch.from_numpy(expected), 1e-12)
 
 
+@both
 @pytest.mark.parametrize("window", [None, 1, 2, 5, 12])
 @pytest.mark.parametrize("binary", [False, True])
-def test_accumulate_gradients(window, binary):
+def test_accumulate_gradients(ops, window, binary):
     _, k, v, alpha, omega = qkv(3, (2, 2), 6, B=1, D=4, merge=0.5)
     alpha = alpha if binary else torch.rand_like(alpha)
     inputs = [x.requires_grad_() for x in (k, v, alpha, omega)]
-    assert torch.autograd.gradcheck(lambda *x: dmc.accumulate(*x, window), inputs)
+    assert torch.autograd.gradcheck(lambda *x: ops.accumulate(*x, window), inputs)
 
 
+@both
 @given(seeds, lengths, st.integers(1, 6))
-def test_window_equals_exact_where_no_segment_is_longer(seed, T, window):
+def test_window_equals_exact_where_no_segment_is_longer(ops, seed, T, window):
     _, k, v, alpha, omega = qkv(seed, (2, 2), T)
     alpha[..., ::window] = 0
-    for a, b in zip(dmc.accumulate(k, v, alpha, omega, window), dmc.accumulate(k, v, alpha, omega), strict=True):
+    for a, b in zip(ops.accumulate(k, v, alpha, omega, window), ops.accumulate(k, v, alpha, omega), strict=True):
         assert_close(a, b, 1e-12)
 
 
+@both
 @given(seeds, lengths, windows, st.sampled_from([1e-20, 1e-3, 1e6]))
-def test_scaling_all_importances_changes_nothing(seed, T, window, factor):
+def test_scaling_all_importances_changes_nothing(ops, seed, T, window, factor):
     _, k, v, alpha, omega = qkv(seed, (2, 2), T)
-    for a, b in zip(dmc.accumulate(k, v, alpha, omega, window), dmc.accumulate(k, v, alpha, factor * omega, window),
+    for a, b in zip(ops.accumulate(k, v, alpha, omega, window), ops.accumulate(k, v, alpha, factor * omega, window),
                     strict=True):
         assert_close(a, b, 1e-12)
 
 
+@both
 @given(seeds, lengths, windows)
-def test_merging_identical_keys_and_values_changes_nothing(seed, T, window):
+def test_merging_identical_keys_and_values_changes_nothing(ops, seed, T, window):
     q, k, v, alpha, omega = qkv(seed, (2, 2), T)
     segment = (1 - alpha).cumsum(-1).long() - 1
     same = [x.gather(2, segment[..., None].expand_as(x)) for x in (k, v)]
-    for a, b in zip(dmc.accumulate(*same, alpha, omega, window), same, strict=True):
+    for a, b in zip(ops.accumulate(*same, alpha, omega, window), same, strict=True):
         assert_close(a, b, 1e-12)
 
 
+@both
 @pytest.mark.parametrize("window", [None, 12])
-def test_accumulate_keeps_the_dtype_and_sums_in_fp32(window):
+def test_accumulate_keeps_the_dtype_and_sums_in_fp32(ops, window):
     """bf16 in, bf16 out, at the cost of one rounding: half a unit in the last place of fp32 sums."""
     _, k, v, alpha, omega = qkv(0, (2, 2), 40, merge=0.9)
-    exact = dmc.accumulate(k.bfloat16().double(), v.bfloat16().double(), alpha, omega.float().double(), window)
-    half = dmc.accumulate(k.bfloat16(), v.bfloat16(), alpha.float(), omega.float(), window)
+    exact = ops.accumulate(k.bfloat16().double(), v.bfloat16().double(), alpha, omega.float().double(), window)
+    half = ops.accumulate(k.bfloat16(), v.bfloat16(), alpha.float(), omega.float(), window)
     for a, b in zip(half, exact, strict=True):
         assert a.dtype == torch.bfloat16
         assert ((a.double() - b).abs() <= b.abs() * 2 ** -8 * 1.01 + 1e-6).all()
@@ -305,12 +314,13 @@ def test_mask_entries(seed, T):
         assert mask[0, 0, i, j].item() == expected
 
 
+@both
 @given(seeds, groups, lengths)
-def test_no_merges_is_plain_causal_attention(seed, heads, T):
+def test_no_merges_is_plain_causal_attention(ops, seed, heads, T):
     q, k, v, _, omega = qkv(seed, heads, T)
     zeros = torch.zeros_like(omega)
-    k_same, v_same = dmc.accumulate(k, v, zeros, omega, 12)
-    assert_close(dmc.attend(q, k_same, v_same, zeros), dmc.attend(q, k, v))
+    k_same, v_same = ops.accumulate(k, v, zeros, omega, 12)
+    assert_close(ops.attend(q, k_same, v_same, zeros), ops.attend(q, k, v))
 
 
 def test_compression_loss_value_and_gradient():
@@ -334,21 +344,23 @@ def test_channel_gain_is_eq12():
     assert [dmc.channel_gain(s, 4) for s in range(6)] == [1, 0.75, 0.5, 0.25, 0, 0]
 
 
+@both
 @given(seeds, groups, windows)
-def test_control_channels_act_only_through_alpha_and_omega(seed, heads, window):
+def test_control_channels_act_only_through_alpha_and_omega(ops, seed, heads, window):
     config = config_of(heads, window)
     q, k, v, alpha, omega = qkv(seed, heads, 11)
-    reference, other = Cache(config, 2, dtype=torch.float64), Cache(config, 2, dtype=torch.float64)
-    y = parallel_form(q, k, v, alpha, omega, config)
+    reference, other = ops.Cache(config, 2, dtype=torch.float64), ops.Cache(config, 2, dtype=torch.float64)
+    y = parallel_form(ops, q, k, v, alpha, omega, config)
     z = reference.attend(0, q, k, v, alpha, omega)
     q[..., 0], k[..., 0] = 1e3, -1e3
-    assert_close(parallel_form(q, k, v, alpha, omega, config), y)
+    assert_close(parallel_form(ops, q, k, v, alpha, omega, config), y)
     assert_close(other.attend(0, q, k, v, alpha, omega), z)
 
 
+@both
 @given(seeds, groups)
-def test_faded_channels_are_invisible_and_full_ones_are_not(seed, heads):
-    model = model_of(seed, heads)
+def test_faded_channels_are_invisible_and_full_ones_are_not(ops, seed, heads):
+    model = model_of(seed, heads, ops=ops)
     tokens = torch.randint(0, 29, (2, 9))
     faded, full = model(tokens, gain=0.0)[0], model(tokens, gain=1.0)[0]
     with torch.no_grad():
@@ -362,13 +374,14 @@ def test_faded_channels_are_invisible_and_full_ones_are_not(seed, heads):
 
 # ------------------------------------------------------------------------------------------------ Algorithm 1
 
+@both
 @given(seeds, groups, lengths, windows)
-def test_cache_and_parallel_form_are_algorithm1(seed, heads, T, window):
+def test_cache_and_parallel_form_are_algorithm1(ops, seed, heads, T, window):
     config = config_of(heads, window)
     q, k, v, alpha, omega = qkv(seed, heads, T)
-    cache = Cache(config, 2, dtype=torch.float64)
+    cache = ops.Cache(config, 2, dtype=torch.float64)
     stepwise = torch.cat([cache.attend(1, *(x[:, :, t:t + 1] for x in (q, k, v, alpha, omega))) for t in range(T)], dim=2)
-    parallel = parallel_form(q, k, v, alpha, omega, config)
+    parallel = parallel_form(ops, q, k, v, alpha, omega, config)
     H, G = heads
     for b, g in np.ndindex(2, G):
         group = slice(g * H // G, (g + 1) * H // G)
@@ -380,11 +393,12 @@ def test_cache_and_parallel_form_are_algorithm1(seed, heads, T, window):
     assert (cache.lengths[0] == 0).all()
 
 
+@both
 @given(seeds, groups, lengths, windows, st.lists(st.integers(1, 9), min_size=1, max_size=5))
-def test_any_split_into_portions_equals_one_by_one(seed, heads, T, window, portions):
+def test_any_split_into_portions_equals_one_by_one(ops, seed, heads, T, window, portions):
     config = config_of(heads, window)
     inputs = qkv(seed, heads, T)
-    one_by_one, split = Cache(config, 2, dtype=torch.float64), Cache(config, 2, dtype=torch.float64)
+    one_by_one, split = ops.Cache(config, 2, dtype=torch.float64), ops.Cache(config, 2, dtype=torch.float64)
     portions = [min(n, T) for n in portions] + [T]
     starts = np.minimum(np.cumsum([0, *portions]), T)
     y = [[cache.attend(0, *(x[:, :, a:b] for x in inputs)) for a, b in zip(cuts[:-1], cuts[1:], strict=True) if b > a]
@@ -397,16 +411,17 @@ def test_any_split_into_portions_equals_one_by_one(seed, heads, T, window, porti
         assert_close(one_by_one.values[0][b, g, :n], split.values[0][b, g, :n])
 
 
+@both
 @given(seeds, groups, lengths, windows)
-def test_all_merges_leave_one_slot(seed, heads, T, window):
+def test_all_merges_leave_one_slot(ops, seed, heads, T, window):
     config = config_of(heads, window)
     q, k, v, _, omega = qkv(seed, heads, T)
     for split in (1, T):
-        cache = Cache(config, 2, dtype=torch.float64)
+        cache = ops.Cache(config, 2, dtype=torch.float64)
         for part in zip(*(x.split(split, dim=2) for x in (q, k, v, torch.ones_like(omega), omega)), strict=True):
             y = cache.attend(0, *part)
         assert (cache.lengths[0] == 1).all()
-        expected = dmc.accumulate(k, v, torch.ones_like(omega), omega, window)[1][:, :, -1]
+        expected = ops.accumulate(k, v, torch.ones_like(omega), omega, window)[1][:, :, -1]
         assert_close(y[:, :, -1], expected.repeat_interleave(heads[0] // heads[1], dim=1))
 
 
@@ -430,9 +445,10 @@ def test_cache_counts_slots_and_bytes(seed, T):
 
 # ------------------------------------------------------------------------------------------------ the whole model
 
+@both
 @given(seeds, groups, st.booleans(), st.sampled_from([1, 2, 11]))
-def test_without_decisions_it_is_a_plain_llama(seed, heads, tied, T):
-    model = model_of(seed, heads, dmc=False, tie_embeddings=tied, rope_theta=500.0)
+def test_without_decisions_it_is_a_plain_llama(ops, seed, heads, tied, T):
+    model = model_of(seed, heads, dmc=False, tie_embeddings=tied, rope_theta=500.0, ops=ops)
     tokens = torch.randint(0, 29, (2, T))
     logits, alpha = model(tokens)
     assert alpha is None
@@ -444,10 +460,11 @@ def test_without_decisions_it_is_a_plain_llama(seed, heads, tied, T):
     assert (cache.lengths == T).all() and cache.compression_ratio == 1
 
 
+@both
 @given(seeds, groups, lengths, windows, st.integers(1, 8))
-def test_central_claim_for_the_models_own_decisions(seed, heads, T, window, split):
+def test_central_claim_for_the_models_own_decisions(ops, seed, heads, T, window, split):
     """With alpha in {0, 1} the training form equals the cache, for every position of the whole model."""
-    model = model_of(seed, heads, window)
+    model = model_of(seed, heads, window, ops=ops)
     tokens = torch.randint(0, 29, (2, T))
     logits, alpha = model(tokens)
     for portions in (1, split):
@@ -457,9 +474,10 @@ def test_central_claim_for_the_models_own_decisions(seed, heads, T, window, spli
     assert T < 13 or 0.05 < alpha.mean() < 0.95
 
 
+@both
 @given(seeds, groups, lengths, windows, st.integers(1, 8), st.floats(0, 1))
-def test_central_claim_for_random_decisions(seed, heads, T, window, split, merge):
-    model = model_of(seed, heads, window)
+def test_central_claim_for_random_decisions(ops, seed, heads, T, window, split, merge):
+    model = model_of(seed, heads, window, ops=ops)
     L, G = model.config.n_layer, heads[1]
     script = (torch.rand(L, 2, G, T, generator=torch.Generator().manual_seed(seed)) < merge).double()
     script[..., 0] = 0
@@ -485,9 +503,10 @@ def test_central_claim_for_random_decisions(seed, heads, T, window, split, merge
     assert (cache.lengths == (1 - script).sum(-1)).all()
 
 
+@both
 @given(seeds, groups, windows, st.integers(1, 15))
-def test_a_later_token_never_changes_an_earlier_output(seed, heads, window, at):
-    model = model_of(seed, heads, window)
+def test_a_later_token_never_changes_an_earlier_output(ops, seed, heads, window, at):
+    model = model_of(seed, heads, window, ops=ops)
     tokens = torch.randint(0, 29, (1, 16))
     changed = tokens.clone()
     changed[:, at:] = (changed[:, at:] + 1 + torch.randint(0, 27, (16 - at,))) % 29
@@ -499,8 +518,9 @@ def test_a_later_token_never_changes_an_earlier_output(seed, heads, window, at):
         assert_close(*logits)
 
 
-def test_every_parameter_learns_from_both_losses():
-    model = model_of(0, (8, 2), c=0.0, tau=1.0)
+@both
+def test_every_parameter_learns_from_both_losses(ops):
+    model = model_of(0, (8, 2), c=0.0, tau=1.0, ops=ops)
     tokens = torch.randint(0, 29, (2, 12))
     logits, alpha = model(tokens, noise=True)
     (F.cross_entropy(logits.flatten(0, 1), tokens.flatten()) + dmc.compression_loss(alpha, 8)).backward()
@@ -509,11 +529,12 @@ def test_every_parameter_learns_from_both_losses():
         assert row.abs().sum() > 0
 
 
-def test_misuse_is_refused():
-    model = model_of(0)
+@both
+def test_misuse_is_refused(ops):
+    model = model_of(0, ops=ops)
     with pytest.raises(InputError, match="65 tokens do not fit"):
         model(torch.zeros(1, 65, dtype=torch.long))
-    cache = Cache(model.config, 1, dtype=torch.float64)
+    cache = ops.Cache(model.config, 1, dtype=torch.float64)
     model(torch.zeros(1, 60, dtype=torch.long), cache)
     with pytest.raises(InputError, match="positions"):
         model(torch.zeros(1, 5, dtype=torch.long), cache)
@@ -1873,6 +1894,399 @@ def test_smollm2_is_retrofitted(smollm2, smollm2_pair, english, tmp_path, capsys
     first = json.loads(curve(tmp_path / "run").splitlines()[0])
     assert first["phase"] == "free" and first["loss"] == pytest.approx(expected, abs=1e-4)
     shutil.rmtree(tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------------------ dmc_fast.py
+
+# With TRITON_INTERPRET=1 in the environment the kernels run on the CPU: `test_kernels_in_the_interpreter` starts a process that
+# has it, for the tests marked `kernels`. Tolerances are a multiple of the error that dmc.py makes in the same precision.
+
+INTERPRETED = dmc_fast.INTERPRETED
+on_cpu = pytest.mark.skipif(INTERPRETED, reason="PyTorch's operations are tested without the interpreter")
+kernels = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_kernels_in_the_interpreter starts")
+needs_triton = pytest.mark.skipif(dmc_fast.triton is None, reason="Triton is not installed")
+
+
+def with_gradients(f, inputs, dtype):
+    """f's outputs and the gradients of all inputs, for a fixed random gradient of the outputs, everything in `dtype`."""
+    inputs = [x.to(dtype).detach().requires_grad_() for x in inputs]
+    out = f(*inputs)
+    out = out if isinstance(out, tuple) else (out,)
+    rng = torch.Generator().manual_seed(0)
+    slopes = [torch.randn(x.shape, generator=rng, dtype=torch.float64).to(x.dtype) for x in out]
+    grads = torch.autograd.grad(out, inputs, slopes, allow_unused=True, materialize_grads=True)
+    return [x.detach() for x in (*out, *grads)]
+
+
+def assert_as_good(fast, plain, exact, factor=4):
+    """Each of fast's tensors is as near to the exact one as `factor` times the plain one's error, or the dtype's rounding."""
+    for i, (a, b, c) in enumerate(zip(fast, plain, exact, strict=True)):
+        assert a.shape == c.shape and a.dtype == b.dtype and a.isfinite().all(), i
+        error, allowed = ((x.double() - c.double()).abs().max().item() for x in (a, b))
+        rounding = torch.finfo(a.dtype).eps * max(1.0, c.abs().max().item())
+        assert error <= factor * (allowed + rounding), (i, error, allowed, rounding)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that nobody has written is NaN."""
+    def poison(make):
+        def made(*args, **kwargs):
+            x = make(*args, **kwargs)
+            return x.fill_(torch.nan) if x.is_floating_point() else x
+        return made
+    for place, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(place, name, poison(getattr(place, name)))
+
+
+# ------------------------------------------------------------------------------------------------ fast attend
+
+def attend_inputs(seed, heads, T, hard, silent, D=8):
+    q, k, v, alpha, omega = qkv(seed, heads, T, D=D)
+    if silent:
+        q[..., 0] = k[..., 0] = 0
+    return q, k, v, torch.log1p(-(alpha if hard else omega.clamp(max=0.999)) * (torch.arange(T) > 0))
+
+
+@on_cpu
+@given(seeds, groups, st.sampled_from([1, 2, 3, 17, 70]), st.booleans(), st.booleans())
+def test_attend_and_its_gradients(seed, heads, T, hard, silent):
+    inputs = attend_inputs(seed, heads, T, hard, silent)
+    results = [with_gradients(f, inputs, torch.float64) for f in (dmc_fast.attend, dmc.attend)]
+    for fast, exact in zip(*results, strict=True):
+        assert (fast - exact).abs().max() < 1e-12
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads,hard", [((4, 4), True), ((4, 4), False), ((8, 2), False)])
+def test_attend_is_as_precise_as_the_plain_computation(dtype, heads, hard):
+    inputs = [x.to(dtype) for x in attend_inputs(0, heads, 130, hard, True, D=64)]      # all start from the same numbers
+    assert_as_good(*(with_gradients(f, inputs, d) for f, d in
+                     ((dmc_fast.attend, dtype), (dmc.attend, dtype), (dmc.attend, torch.float64))))
+
+
+@on_cpu
+def test_attend_without_decisions_is_plain():
+    q, k, v = qkv(0, (8, 2), 9)[:3]
+    assert torch.equal(dmc_fast.attend(q, k, v), dmc.attend(q, k, v))
+
+
+# ------------------------------------------------------------------------------------------------ fast accumulate
+
+def accumulate_inputs(seed, T, hard, G=3, D=8):
+    _, k, v, alpha, omega = qkv(seed, (G, G), T, D=D)
+    if not hard:
+        alpha = torch.rand(alpha.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        alpha[..., 0] = 0
+    return [k, v, alpha, omega]
+
+
+@on_cpu
+@given(seeds, st.sampled_from([1, 2, 13, 32, 33, 70]), st.sampled_from([None, 1, 2, 3, 12, 32, 33, 100]), st.booleans())
+def test_accumulate_and_its_gradients(seed, T, window, hard):
+    inputs = accumulate_inputs(seed, T, hard)
+    results = [with_gradients(lambda *x, f=f: f(*x, window), inputs, torch.float64)
+               for f in (dmc_fast.accumulate, dmc.accumulate)]
+    for fast, exact in zip(*results, strict=True):
+        assert (fast - exact).abs().max() <= 1e-12 * max(1, exact.abs().max())
+
+
+def check_accumulate(T, window, hard, dtype, D=8):
+    """k, v in `dtype`, as views of (B, T, G, D); decisions and importances in fp32, as the model has them."""
+    k, v, alpha, omega = accumulate_inputs(1, T, hard, G=2, D=D)
+    k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+    k, v, alpha, omega = k.to(dtype).double(), v.to(dtype).double(), alpha.float().double(), omega.float().double()
+
+    def run(f, dtype, wide):
+        inputs = [x.to(d).requires_grad_() for x, d in zip((k, v, alpha, omega), (dtype, dtype, wide, wide), strict=True)]
+        out = f(*inputs, window)
+        slopes = [torch.randn(out[0].shape, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(2)]
+        slopes = [x.to(torch.bfloat16).to(dtype) for x in slopes]
+        grads = torch.autograd.grad(out, inputs, slopes, allow_unused=True, materialize_grads=True)
+        return [x.detach() for x in (*out, *grads)]
+    assert_as_good(run(dmc_fast.accumulate, dtype, torch.float32), run(dmc.accumulate, dtype, torch.float32),
+                   run(dmc.accumulate, torch.float64, torch.float64))
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [1, 12, 100, None])
+def test_accumulate_is_as_precise_as_the_plain_computation(dtype, window):
+    check_accumulate(70, window, False, dtype)
+
+
+@kernels
+@pytest.mark.parametrize("dtype,T,window,hard,D", [
+    (torch.float32, 1, 12, False, 8), (torch.float32, 2, 3, True, 8), (torch.float32, 13, 12, False, 8),
+    (torch.float32, 33, 1, False, 8), (torch.float32, 35, 2, True, 20), (torch.float32, 33, 5, False, 64),
+    (torch.float32, 9, 100, False, 8), (torch.bfloat16, 33, 4, True, 8), (torch.bfloat16, 40, 3, False, 8)])
+def test_accumulate_kernels(poisoned, dtype, T, window, hard, D):
+    check_accumulate(T, window, hard, dtype, D)
+
+
+@kernels
+@pytest.mark.parametrize("T,hard,D", [(1, True, 8), (67, False, 6)])
+def test_whole_segment_kernel(poisoned, T, hard, D):
+    k, v, alpha, omega = (x.float() for x in accumulate_inputs(2, T, hard, G=2, D=D))
+    exact = dmc.accumulate(*(x.double() for x in (k, v, alpha, omega)))
+    assert_as_good(dmc_fast.accumulate(k, v, alpha > 0.5 if hard else alpha, omega), dmc.accumulate(k, v, alpha, omega), exact)
+
+
+# ------------------------------------------------------------------------------------------------ kernels: ragged decode
+
+@kernels
+@pytest.mark.parametrize("R,D,page,splits,dtype", [(1, 128, 16, 1, torch.float32), (3, 64, 32, 3, torch.float32),
+                                                   (4, 64, 16, 2, torch.float16), (8, 64, 64, 1, torch.float16)])
+def test_ragged_decode_kernel(poisoned, R, D, page, splits, dtype):
+    """In fp16 for want of bf16, whose products the interpreter gets wrong."""
+    lengths = torch.tensor([0, 1, page - 1, page, page + 1, 3 * page + 5], dtype=torch.int32)
+    rows, per_row = len(lengths), 5
+    rng = torch.Generator().manual_seed(0)
+    pool_k, pool_v = (torch.full((rows * per_row, page, D), torch.nan, dtype=dtype) for _ in range(2))
+    table = torch.randperm(rows * per_row, generator=rng).int().view(rows, per_row)
+    q = torch.randn(rows, R, D, generator=rng).to(dtype)
+    exact, plain = torch.zeros(rows, R, D, dtype=torch.float64), torch.zeros(rows, R, D, dtype=dtype)
+    for row, n in enumerate(lengths.tolist()):
+        k, v = (torch.randn(n, D, generator=rng).to(dtype) for _ in range(2))
+        for slot in range(n):
+            pool_k[table[row, slot // page], slot % page] = k[slot]
+            pool_v[table[row, slot // page], slot % page] = v[slot]
+        for out in (exact, plain) if n else ():
+            x, y, z = (t.to(out.dtype) for t in (q[row], k, v))
+            out[row] = (x @ y.T / D ** 0.5).softmax(-1) @ z
+    results = [dmc_fast.decode(q, pool_k, pool_v, table, lengths, order.int(), splits)
+               for order in (lengths.argsort(descending=True), torch.arange(rows))]
+    assert_as_good(results[:1], [plain], [exact])
+    assert torch.equal(*results) and (results[0][0] == 0).all()
+
+
+# ------------------------------------------------------------------------------------------------ kernels: the cache
+
+def check_cache(heads, window, T, portions, D=8, page_size=16, decides=True, batch=1, merge=0.5):
+    """The same tokens, in portions, into both caches: outputs, lengths, the open segment, the slots."""
+    config = config_of(heads, window, head_dim=D, dmc=decides, n_layer=2)
+    inputs = [x.float()[:batch] for x in qkv(5, heads, T, D=D, merge=merge)]
+    caches = [dmc.Cache(config, batch), dmc_fast.Cache(config, batch, page_size=page_size),
+              dmc.Cache(config, batch, dtype=torch.float64)]
+    if INTERPRETED:
+        caches[1].free = caches[1].free[torch.randperm(len(caches[1].free), generator=torch.Generator().manual_seed(0))]
+    results = []
+    for cache in caches:
+        mine = [x.double() if cache is caches[2] else x for x in inputs][:None if decides else 3]
+        results.append([cache.attend(1, *part) for part in zip(*(x.split(portions, dim=2) for x in mine), strict=True)])
+    plain, fast, exact = results
+    assert_as_good(fast, plain, exact)
+    plain, fast, exact = caches
+    assert (plain.lengths == fast.lengths).all() and plain.seen == fast.seen
+    assert fast.bytes.used == plain.bytes.used
+    assert fast.compression_ratio == pytest.approx(inputs[3].numel() / plain.lengths.sum())
+    assert_as_good(*([c.open_k, c.open_v, c.open_omega] for c in caches))
+    return caches
+
+
+@on_cpu
+@pytest.mark.parametrize("window", [None, 3])
+def test_cache_without_kernels(window):
+    for portions in ([1] * 9, [6, 1, 2]):
+        check_cache((8, 2), window, 9, portions, merge=0.7)
+
+
+@kernels
+@pytest.mark.parametrize("heads,window,portions,D,decides,merge", [
+    ((3, 1), 3, [1] * 19, 8, True, 0.8), ((4, 1), None, [1] * 4, 64, True, 0.5), ((8, 1), 12, [17, 1, 1], 8, True, 0.1),
+    ((2, 2), None, [16, 1, 2], 8, True, 0.0), ((2, 1), 2, [6, 1, 1, 1, 1], 8, True, 0.9),
+    ((1, 1), 1, [15, 1, 1], 128, True, 0.5), ((2, 2), 12, [15, 1, 1], 8, False, 0.0)])
+def test_paged_cache_kernel(poisoned, heads, window, portions, D, decides, merge):
+    plain, fast, _ = check_cache(heads, window, sum(portions), portions, D, decides=decides, merge=merge)
+    assert fast.paged
+    fast.check()
+    for g in range(heads[1]):                                    # the slots themselves
+        n = int(fast.lengths[1, 0, g])
+        for pool, slots in ((fast.pool_k, plain.keys), (fast.pool_v, plain.values)):
+            mine = pool[fast.table[1, 0, g].long()].flatten(0, 1)[:n]
+            assert (mine - slots[1][0, g, :n]).abs().max() < 1e-5
+
+
+def owned_pages(cache):
+    owned = -(-cache.lengths // cache.page_size)
+    return cache.table[torch.arange(cache.table.size(-1)) < owned[..., None]].tolist()
+
+
+@kernels
+def test_pages_run_out_and_come_back_kernel(poisoned):
+    """No page is owned twice or lost; an exhausted pool is reported, and nobody's slots change; released pages serve anew."""
+    config = config_of((2, 2), 3, n_layer=1)
+    q, k, v, alpha, omega = (x.float() for x in qkv(0, (2, 2), 40, merge=0.0))
+    cache = dmc_fast.Cache(config, 2, pages=7)
+    everything = list(range(7))
+
+    def conserved():
+        left = max(0, cache.left.item())
+        return sorted([p for p in owned_pages(cache) if p < 7] + cache.free[:left].tolist()) == everything
+
+    cache.attend(0, *(x[:, :, :16] for x in (q, k, v, alpha, omega)))
+    assert cache.left.item() == 3 and conserved()
+    before = cache.pool_k[:7].clone()
+    owned = owned_pages(cache)
+    cache.attend(0, *(x[:, :, 16:17] for x in (q, k, v, alpha, omega)))
+    assert (before[owned] == cache.pool_k[owned]).all() and conserved()
+    with pytest.raises(InputError, match="7 pages are used up"):
+        cache.check()
+    cache.check()                                                # reported once
+    cache.release([0])
+    assert conserved() and (cache.lengths[:, 0] == 0).all()
+    part = cache.admit(slice(0, 1))
+    y = part.attend(0, *(x[:1, :, :9] for x in (q, k, v, alpha, omega)))
+    z = part.attend(0, *(x[:1, :, 9:10] for x in (q, k, v, alpha, omega)))
+    reference = dmc.Cache(config, 1)
+    expected = reference.attend(0, *(x[:1, :, :10] for x in (q, k, v, alpha, omega)))
+    assert (torch.cat([y, z], 2) - expected).abs().max() < 1e-5 and conserved()
+    part.check()
+    cache.release([1])
+    cache.attend(0, *(x[:, :, 10:11] for x in (q, k, v, alpha, omega)))      # the released one does nothing
+    assert cache.lengths[0, :, 0].tolist() == [11, 0] and conserved()
+    cache.release([0])
+    assert cache.left.item() == 7 and conserved()
+
+
+@kernels
+def test_a_prompt_too_long_for_the_pool_kernel(poisoned):
+    q, k, v, alpha, omega = (x.float() for x in qkv(0, (2, 2), 40, merge=0.0))
+    cache = dmc_fast.Cache(config_of((2, 2), 3, n_layer=1), 2, pages=5)
+    cache.attend(0, q, k, v, alpha, omega)
+    with pytest.raises(InputError, match="used up"):
+        cache.check()
+    pages = [p for p in owned_pages(cache) if p < 5]
+    assert sorted(pages) == list(range(5))                       # all taken, none twice
+    cache.release([0, 1])
+    assert sorted(cache.free[:cache.left.item()].tolist()) == list(range(5))
+
+
+@kernels
+@settings(max_examples=12)
+@given(st.data())
+def test_sequences_come_and_go_kernel(data):
+    """Prefill, decode, finish, admit, exhaust, in any order, against one reference each; no page lost or doubled."""
+    config = config_of((1, 1), data.draw(st.sampled_from([None, 3])), n_layer=1)
+    cache, pages, references, at = dmc_fast.Cache(config, 2, pages=3), [0, 1, 2], {}, 0
+    tokens = [x.float() for x in qkv(data.draw(seeds), (1, 1), 300, merge=0.1)]
+    cache.release([0, 1])
+    for _ in range(data.draw(st.integers(3, 8))):
+        row = data.draw(st.sampled_from([0, 1]))
+        if row not in references:
+            n = data.draw(st.sampled_from([2, 16, 17, 33]))
+            part = [x[:1, :, at:at + n].clone() for x in tokens]
+            part[3][..., 0] = 0
+            references[row] = dmc.Cache(config, 1)
+            y, z = (c.attend(0, *part) for c in (cache.admit(slice(row, row + 1)), references[row]))
+            assert (y - z).abs().max() < 1e-5
+            at += n
+        elif data.draw(st.booleans()):
+            cache.release([row])
+            del references[row]
+        else:
+            part = [x[:, :, at:at + 1].clone() for x in tokens]
+            y = cache.attend(0, *part)
+            for i, reference in references.items():
+                z = reference.attend(0, *(x[i:i + 1] for x in part))
+                if not cache.failed.item():
+                    assert (y[i:i + 1] - z).abs().max() < 1e-5
+            at += 1
+        for i, reference in references.items():
+            assert cache.lengths[0, i] == reference.lengths[0, 0] and cache.ages[0, i, 0] == reference.seen[0]
+        mine = [p for p in owned_pages(cache) if p < 3] + cache.free[:max(0, cache.left.item())].tolist()
+        assert sorted(mine) == pages
+        with contextlib.suppress(InputError):
+            cache.check()
+            continue
+        cache.release([0, 1])                                    # what exhausts the pool ends the batch
+        references.clear()
+    cache.release([0, 1])
+    assert sorted(cache.free.tolist()) == pages and cache.left.item() == 3
+
+
+@on_cpu
+@pytest.mark.parametrize("window", [None, 3])
+def test_model_with_fast_ops(window):
+    """The whole model: logits, decisions, every parameter's gradient, and what the cache gives."""
+    torch.manual_seed(0)
+    plain = dmc.Transformer(config_of((8, 2), window, c=0.0)).double()
+    fast = dmc.Transformer(plain.config, ops=dmc_fast).double()
+    fast.load_state_dict(plain.state_dict())
+    tokens = torch.randint(0, 29, (2, 21))
+    results = []
+    for model in (plain, fast):
+        torch.manual_seed(1)
+        logits, alpha = model(tokens, noise=True)
+        (logits.square().mean() + dmc.compression_loss(alpha, 4)).backward()
+        with torch.no_grad():
+            cache = model.Cache(model.config, 2, dtype=torch.float64)
+            cached = torch.cat([model(x, cache)[0] for x in tokens.split([15, 1, 5], dim=1)], dim=1)
+        results.append([logits, alpha, cached, cache.lengths, *(p.grad for p in model.parameters())])
+    assert all((a - b).abs().max() < 1e-9 for a, b in zip(*results, strict=True))
+
+
+@needs_triton
+@on_cpu
+def test_kernels_in_the_interpreter():
+    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "kernel", __file__],
+                         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-4000:]
+
+
+# ------------------------------------------------------------------------------------------------ kernels: compiled for an H100
+
+MODEL = dict(D=128, D_PAD=128, W=12, TILE=32)               # Llama 2 7B; the group of 8 is Llama 2 70B's
+KERNELS = {
+    "average_kernel": (MODEL, {}),
+    "share_gradient_kernel": (MODEL, {}),
+    "spread_kernel": (MODEL, {}),
+    "decision_gradient_kernel": (dict(W=12, TILE=256), {}),
+    "segment_average_kernel": (dict(D=128, SLICE=32, TILE=64), {}),
+    "step_kernel": (dict(R=1, HALF=64, W=12, W_PAD=16, PAGE=16, WINDOWED=True, DECIDES=True, CONTROL_GAIN=0.0),
+                    dict(num_warps=1)),
+    "decode_kernel": (dict(R=1, R_PAD=16, D=128, PAGE=16, BLOCK=64), {}),
+    "combine_kernel": (dict(R=1, D=128), {}),
+}
+FP32 = {"alpha", "omega", "cos", "sin", "open_omega", "inverse_z", "dshare", "mean_dshare", "dalpha", "domega", "out_lse",
+        "part", "part_lse"}
+INT32 = {"table", "lengths", "ages", "free", "left", "failed", "order"}
+NUMBERS = {"T", "G", "spare", "pages_per_row", "splits"}
+
+
+def argument_type(name, constants):
+    if name in constants:
+        return "constexpr"
+    if name in NUMBERS or "stride" in name:
+        return "i32"
+    return "fp32" if name == "scale" else "*fp32" if name in FP32 else "*i32" if name in INT32 else "*bf16"
+
+
+@needs_triton
+@on_cpu
+@pytest.mark.parametrize("name,changes", [(name, {}) for name in KERNELS] + [
+    ("step_kernel", dict(R=8)), ("step_kernel", dict(W=1, W_PAD=1, WINDOWED=False)), ("step_kernel", dict(DECIDES=False)),
+    ("step_kernel", dict(G=1, spare=1)), ("decode_kernel", dict(splits=1)),              # Triton compiles the number 1 in
+    ("decode_kernel", dict(R=8)), ("decode_kernel", dict(D=64, R=4)), ("average_kernel", dict(D=64, D_PAD=64))])
+def test_compiles_for_an_h100(name, changes, tmp_path):
+    from triton.backends import nvidia
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+    constants, options = {**KERNELS[name][0], **changes}, KERNELS[name][1]
+    kernel = getattr(dmc_fast, name)
+    signature = {n: argument_type(n, constants) for n in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names)
+               if signature[n].startswith("*") or "stride" in n}
+    binary = compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", 90, 32), options=options)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(binary.asm["cubin"])
+    report = subprocess.run([Path(nvidia.__file__).parent / "bin/cuobjdump", "--dump-resource-usage", cubin],
+                            capture_output=True, text=True).stdout
+    registers, stack, local = (int(re.search(rf"{kind}:(\d+)", report)[1]) for kind in ("REG", "STACK", "LOCAL"))
+    spills = stack + local                                   # bytes per thread in memory that belong into registers
+    print(f"\n{name:26} {changes} registers {registers} shared memory {binary.metadata.shared} spills {spills}", end="")
+    assert spills == 0 and binary.metadata.shared <= 227 * 1024
 
 
 # ------------------------------------------------------------------------------------------------ the whole
