@@ -1489,9 +1489,11 @@ def own_loss(model, s, tokens):
     return F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten()).item()
 
 
-def test_a_given_model_is_retrofitted(tmp_path, plain, text, capsys):
+def test_a_given_model_is_retrofitted(tmp_path, plain, text, capsys, monkeypatch):
     out, before = tmp_path / "run", snapshot(plain)
-    assert train.main(["--init", str(plain), "--data", text, *RETROFIT, "--out", str(out)]) == 0
+    monkeypatch.chdir(plain.parent)
+    assert train.main(["--init", plain.name, "--data", text, *RETROFIT, "--out", str(out)]) == 0
+    monkeypatch.chdir(tmp_path)                                     # and what follows works from anywhere
     shown = capsys.readouterr().out
     assert "nats/token" in shown and "to pretrained" in shown and "control" not in shown and snapshot(plain) == before
     steps = [json.loads(line) for line in curve(out).splitlines()]

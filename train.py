@@ -51,7 +51,8 @@ class Settings:
     data: list = setting(None, "text files in UTF-8 [the sources of Python's standard library]", nargs="+", metavar="FILE",
                          type=lambda path: str(Path(path).resolve()))
     init: str = setting(None, "model to retrofit: the folder of a checkpoint, llama2-7b, -13b, -70b or org/name on Hugging "
-                        "Face [none: pretrain a small one]", metavar="NAME_OR_PATH")
+                        "Face [none: pretrain a small one]", metavar="NAME_OR_PATH",
+                        type=lambda name: str(Path(name).resolve()) if Path(name).is_dir() else name)
     random_weights: bool = setting(False, "take only the shape of --init llama2-7b and the like; weights are random and text "
                                    "is bytes", action="store_true")
     control: bool = setting(False, "with --init too: also train the model given for as many steps without compression",
@@ -189,6 +190,11 @@ class Phase:
     cr: tuple | None = None          # target CR before the first step and after the last
     keep: dict = field(default_factory=dict)    # step -> folder
 
+    @property
+    def weights(self):
+        """The folder of the weights it ends with: a model that was given and not trained stays where it is."""
+        return self.out if self.steps or self.start is None else self.start
+
     def learning_rate(self, step, warmup):
         left = min(1.0, (self.steps - step) / self.decay) if self.decay else 1.0
         return self.lr * min(1.0, (step + 1) / max(1, warmup)) * (0.1 + 0.9 * (1 - math.cos(math.pi * left)) / 2)
@@ -300,7 +306,7 @@ class Run:
     def __init__(self, settings, out):
         self.started, self.seconds_before = time.perf_counter(), 0.0       # of this sitting, and those before it
         self.settings, self.out = settings, Path(out)
-        self.given = locate(settings.init) if settings.init and not settings.random_weights else None
+        self.given = locate(settings.init).resolve() if settings.init and not settings.random_weights else None
         self.phases = plan(settings, self.given)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.check_given()
@@ -400,7 +406,7 @@ class Run:
             model.clear_control_rows()
         if phase.out:
             loss, cr, heads = evaluate(model, self.val_tokens, s)
-            if phase.start is None or phase.steps:       # a model given is only measured
+            if phase.weights == phase.out:
                 facts = {"phase": phase.name, "target_cr": phase.cr and phase.cr[1], "cr": cr} if phase.dmc else {}
                 self.save_model(model, phase.out, **facts)
             write_json(self.out / phase.out / "figures.json", {"loss": loss, "cr": cr, "heads": heads})
@@ -471,8 +477,7 @@ class Run:
         """Print the table and the heat map, write summary.json. Averaging without learning is measured here: the control (or
         where there is none the model given) with every n tokens averaged, n the nearest whole number to each model's CR."""
         baseline = self.phases[-1] if self.phases[-1].name == "control" else self.phases[0]
-        plain = dmc.load(self.out / (baseline.out if baseline.steps else baseline.start or baseline.out), device=self.device,
-                         dtype=torch.float32)
+        plain = dmc.load(self.out / baseline.weights, device=self.device, dtype=torch.float32)
         plain.config = replace(plain.config, **self.settings.method(dmc=False))      # the window to average over
         summary = {"unit": self.unit, "pretrained": self.figures("pretrained")["loss"], "dmc": []}
         if baseline.name == "control":
