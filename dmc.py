@@ -284,6 +284,8 @@ class Cache:
     paper speaks of the window in training only; keeping it here makes inference equal to training.
     """
 
+    _accumulate, _attend = staticmethod(accumulate), staticmethod(attend)       # of the prefill
+
     def __init__(self, config, batch, device=None, dtype=torch.float32):
         L, B, G, D, W = config.n_layer, batch, config.n_kv_head, config.head_dim, config.window or 1
         self.config = config
@@ -361,7 +363,7 @@ class Cache:
                 slots[layer] = F.pad(slots[layer], (0, 0, 0, missing if start == 0 else max(missing, 256)))
             slots[layer][:, :, start:end] = new
         if start == 0:
-            return attend(q, k, v)
+            return self._attend(q, k, v)
         seen = None if start + 1 == end else torch.ones(end - start, end, dtype=torch.bool, device=k.device).tril(start)
         return F.scaled_dot_product_attention(q, self.keys[layer][:, :, :end], self.values[layer][:, :, :end], attn_mask=seen,
                                               enable_gqa=q.size(1) != k.size(1))
@@ -393,17 +395,11 @@ class Cache:
         """T tokens into an empty cache at once: the training form with alpha in {0, 1}, then only the survivors stay."""
         T, W = q.size(2), self.config.window
         merge = alpha > 0.5                                          # what token 0 says is never asked
-        k_mean, v_mean = accumulate(wide(k), wide(v), merge, omega, W)
+        k_mean, v_mean = self._accumulate(wide(k), wide(v), merge, omega, W)
         k_rot, q_rot = (rotate_heads(x, self.cos[:T], self.sin[:T], self.gain) for x in (k_mean.to(k.dtype), q))
         keep = torch.zeros_like(omega).masked_fill(merge, -torch.inf)
-        y = attend(q_rot, k_rot, v_mean.to(v.dtype), keep)
-
-        survives = F.pad(~merge[..., 1:], (0, 1), value=True)        # item j stays if token j + 1 appended
-        self.lengths[layer] = survives.sum(-1)
-        order = torch.argsort(survives.int(), dim=-1, descending=True, stable=True)      # survivors first, oldest first
-        order = order[..., :int(self.lengths[layer].max()), None].expand(-1, -1, -1, k.size(-1))
-        self.keys[layer] = k_rot.gather(2, order)
-        self.values[layer] = v_mean.to(v.dtype).gather(2, order)
+        y = self._attend(q_rot, k_rot, v_mean.to(v.dtype), keep)
+        self._scatter(layer, k_rot, v_mean.to(v.dtype), F.pad(~merge[..., 1:], (0, 1), value=True))
 
         in_open = F.pad(merge[..., 1:].flip(-1).cumprod(-1).flip(-1), (0, 1), value=1)  # no later token appended
         if W:
@@ -414,8 +410,15 @@ class Cache:
         else:
             self.open_k[layer], self.open_v[layer] = k_mean[:, :, -1:], v_mean[:, :, -1:]
             self.open_omega[layer] = (omega * in_open).sum(-1, keepdim=True)
-        self.seen[layer] = T
         return y
+
+    def _scatter(self, layer, k, v, survives):
+        """The items that survive, (B, G, T), into an empty cache's slots: item j does if token j + 1 appended."""
+        self.seen[layer] = survives.size(-1)
+        self.lengths[layer] = survives.sum(-1)
+        order = torch.argsort(survives.int(), dim=-1, descending=True, stable=True)      # survivors first, oldest first
+        order = order[..., :int(self.lengths[layer].max()), None].expand(-1, -1, -1, k.size(-1))
+        self.keys[layer], self.values[layer] = k.gather(2, order), v.gather(2, order)
 
 
 # ----------------------------------------------------------------------------------------------------- a Llama

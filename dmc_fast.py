@@ -620,6 +620,8 @@ class Cache(dmc.Cache):
     Where there are no kernels (`paged` False) it is dmc.Cache with the fast prefill, without pages to release.
     """
 
+    _accumulate, _attend = staticmethod(accumulate), staticmethod(attend)
+
     def __init__(self, config, batch, device=None, dtype=torch.float32, page_size=16, pages=None):
         super().__init__(config, batch, device, dtype)
         L, B, G, D = config.n_layer, batch, config.n_kv_head, config.head_dim
@@ -729,36 +731,14 @@ class Cache(dmc.Cache):
             return attend(q, k, v)
         return torch.cat([self._step(layer, *(x[:, :, t:t + 1] for x in (q, k, v)), None, None) for t in range(T)], dim=2)
 
-    def _prefill(self, layer, q, k, v, alpha, omega):
-        """dmc.Cache._prefill with the fast parts: the training form, then the survivors into slots and the ring."""
-        T, W, merge = q.size(2), self.config.window, alpha > 0.5
-        merge = F.pad(merge[..., 1:], (1, 0))                    # what token 0 says is never asked
-        k_mean, v_mean = accumulate(wide(k), wide(v), merge, omega, W)
-        k_turned, q_turned = (dmc.rotate_heads(x, self.cos[:T], self.sin[:T], self.gain) for x in (k_mean.to(k.dtype), q))
-        y = attend(q_turned, k_turned, v_mean.to(v.dtype), torch.zeros_like(omega).masked_fill(merge, -torch.inf))
-        self._scatter(layer, k_turned, v_mean.to(v.dtype), F.pad(~merge[..., 1:], (0, 1), value=True))
-        in_open = F.pad(merge[..., 1:].flip(-1).cumprod(-1).flip(-1), (0, 1), value=1)      # no later token appended
-        if W:
-            recent = torch.arange(max(0, T - W), T, device=k.device)
-            self.open_k[layer][:, :, recent % W] = k[:, :, recent]
-            self.open_v[layer][:, :, recent % W] = v[:, :, recent]
-            self.open_omega[layer][:, :, recent % W] = (omega * in_open)[:, :, recent]
-        else:
-            self.open_k[layer], self.open_v[layer] = k_mean[:, :, -1:], v_mean[:, :, -1:]
-            self.open_omega[layer] = (omega * in_open).sum(-1, keepdim=True)
-        return y
-
     def _scatter(self, layer, k, v, survives):
         """Item j, in slot sum(survives[:j]), for all that survive: into an empty cache's slots. survives (B, G, T)."""
+        if not self.paged:
+            super()._scatter(layer, k, v, survives)
+            return
         T, D = k.shape[2:]
         lengths = survives.sum(-1)
-        self.seen[layer] = T
-        if not self.paged:
-            order = torch.argsort(survives.int(), dim=-1, descending=True, stable=True)      # survivors first, oldest first
-            order = order[..., :int(lengths.max()), None].expand(-1, -1, -1, D)
-            self.lengths[layer], self.keys[layer], self.values[layer] = lengths, k.gather(2, order), v.gather(2, order)
-            return
-        self.lengths[layer], self.ages[layer] = lengths, T
+        self.seen[layer], self.lengths[layer], self.ages[layer] = T, lengths, T
         pages = -(-lengths // self.page_size)
         page = torch.arange(self.table.size(-1), device=k.device)
         taken = self.left - 1 - (pages.flatten().cumsum(0).view_as(pages) - pages)[..., None] - page     # from the end of free
