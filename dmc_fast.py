@@ -130,25 +130,23 @@ def attend(q, k, v, keep=None):
 
 # ------------------------------------------------------------------------------------------------ accumulate
 
+def windows(x, W):
+    """(B, G, T) -> (W, B, G, T): at [m, ..., t] what token t - W + 1 + m has, 0 before the sequence's start."""
+    return F.pad(x, (W - 1, 0)).unfold(-1, x.size(-1), 1).movedim(-2, 0)
+
+
 def coefficients(alpha, omega, W):
     """The band of Eq. 9: fade, share (W, B, G, T). share[m, t] is the part of token t - W + 1 + m in the average at t.
 
     fade[m, t] = alpha_{i+1} ... alpha_t with i = t - W + 1 + m; share = fade * omega_i / z_t. Also 1 / z_t, (B, G, T).
     """
-    T = alpha.size(-1)
-    alpha, omega = (F.pad(x, (W - 1, 0)) for x in (alpha, omega))           # nothing before the sequence's start
-    fade = alpha.new_ones(W, *alpha.shape[:-1], T)
+    alphas = windows(alpha, W)
+    fade = alpha.new_ones(alphas.shape)
     for m in reversed(range(W - 1)):
-        torch.mul(fade[m + 1], alpha[..., m + 1:m + 1 + T], out=fade[m])
-    share = fade * omega.unfold(-1, T, 1).movedim(-2, 0)                    # [m, ..., t] = omega of token t - W + 1 + m
+        torch.mul(fade[m + 1], alphas[m + 1], out=fade[m])
+    share = fade * windows(omega, W)
     inverse_z = share.sum(0).reciprocal()
     return fade, share.mul_(inverse_z), inverse_z
-
-
-def tiled(x, W, n):
-    """x (B, G, T, D) in tiles of n tokens, each with the W - 1 tokens before it: (B G, tiles, n + W - 1, D)."""
-    x = F.pad(x.flatten(0, 1), (0, 0, W - 1, -x.size(2) % n))
-    return x.unfold(1, n + W - 1, n).mT
 
 
 def skewed(band, W):
@@ -158,12 +156,32 @@ def skewed(band, W):
 
 
 def banded(share, n):
-    """The coefficients share (W, B, G, T) as one banded matrix per tile of n tokens, (B G, tiles, n, n + W - 1)."""
-    W, B, G, T = share.shape
-    share = F.pad(share.movedim(0, -1), (0, 0, 0, -T % n)).reshape(B * G, -1, n, W)
-    band = share.new_zeros(*share.shape[:3], n + W - 1)
+    """The coefficients share (W, B, G, T) as one banded matrix per tile of n tokens, (tiles, n, n + W - 1)."""
+    W, T = share.size(0), share.size(-1)
+    share = F.pad(share.movedim(0, -1), (0, 0, 0, -T % n)).reshape(-1, n, W)
+    band = share.new_zeros(len(share), n, n + W - 1)
     skewed(band, W).copy_(share)
     return band
+
+
+def tiled(k, v, W, n, dtype):
+    """k and v (B, G, T, D) side by side, in tiles of n tokens with the W - 1 rows before them: (tiles, n + W - 1, 2 D).
+
+    One copy and no more: tiles overlap in memory. What lies before a head's first token is another head's, and has
+    coefficient 0; so do the zeros that fill up its last tile.
+    """
+    B, G, T, D = k.shape
+    tokens = T + -T % n
+    rows = torch.zeros(W - 1 + B * G * tokens, 2 * D, dtype=dtype, device=k.device)
+    heads = rows[W - 1:].view(B, G, tokens, 2 * D)
+    heads[:, :, :T, :D], heads[:, :, :T, D:] = k, v
+    return rows.as_strided((B * G * tokens // n, n + W - 1, 2 * D), (n * 2 * D, 2 * D, 1))
+
+
+def split_heads(x, sizes):
+    """(tiles, n, 2 D) -> two tensors of the sizes (B, G, T, D)."""
+    B, G, T, D = sizes
+    return x.view(B, G, -1, 2 * D)[:, :, :T].split(D, dim=-1)
 
 
 class BandedAverage(torch.autograd.Function):
@@ -172,45 +190,47 @@ class BandedAverage(torch.autograd.Function):
     The coefficients are products of alphas, W of them per token and so few beside D channels; nothing is divided by alpha.
     """
 
+    TILE = 32
+
     @staticmethod
     def forward(ctx, k, v, alpha, omega, W):
-        (B, G, T), n, dtype = alpha.shape, max(32, W), torch.promote_types(wide(k).dtype, wide(omega).dtype)
+        n, dtype = max(BandedAverage.TILE, W), torch.promote_types(wide(k).dtype, wide(omega).dtype)
         fade, share, inverse_z = coefficients(alpha.to(dtype), omega.to(dtype), W)
-        band = banded(share, n)
-        ctx.save_for_backward(k, v, alpha, omega, fade, share, inverse_z)
-        return tuple((band @ tiled(x.to(dtype), W, n)).reshape(B, G, -1, x.size(-1))[:, :, :T].to(x.dtype) for x in (k, v))
+        band, tokens = banded(share, n), tiled(k, v, W, n, dtype)
+        ctx.save_for_backward(alpha, omega, fade, share, inverse_z, band, tokens)
+        ctx.sizes, ctx.dtypes = k.shape, (k.dtype, v.dtype)
+        return tuple(x.to(d) for x, d in zip(split_heads(band @ tokens, k.shape), ctx.dtypes, strict=True))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        k, v, alpha, omega, fade, share, inverse_z = ctx.saved_tensors
-        (W, B, G, T), n, dtype = share.shape, max(32, share.size(0)), share.dtype
-        band, dband, dkv = banded(share, n), 0, []
-        for x, grad in ((k, grads[0]), (v, grads[1])):
-            grad = F.pad(grad.to(dtype).flatten(0, 1), (0, 0, 0, -T % n)).unflatten(1, (-1, n))
-            dband = dband + grad @ tiled(x.to(dtype), W, n).mT
-            dx = band.mT @ grad                                             # (B G, tiles, n + W - 1, D)
-            dx[:, 1:, :W - 1] += dx[:, :-1, n:]                             # the halo belongs to the tile before
-            dx = torch.cat([dx[:, :, :n].flatten(1, 2), dx[:, -1, n:]], dim=1)
-            dkv.append(dx[:, W - 1:W - 1 + T].view(B, G, T, -1).to(x.dtype))
-        dshare = skewed(dband, W).reshape(B, G, -1, W)[:, :, :T].movedim(-1, 0)      # (W, B, G, T)
-        dsum = (dshare - (dshare * share).sum(0)) * inverse_z               # of fade * omega, before it was divided by z
+        alpha, omega, fade, share, inverse_z, band, tokens = ctx.saved_tensors
+        W, before, n = share.size(0), share.size(0) - 1, band.size(1)
+        grad = tiled(*grads, 1, n, band.dtype)
+        dx = band[:, :, before:].mT @ grad                                  # of each tile's own tokens
+        if before:                                                          # and of those in the tile before
+            dx[:-1, n - before:] += (band[1:, :before, :before].mT @ grad[1:, :before])
+        dkv = (x.to(d) for x, d in zip(split_heads(dx, ctx.sizes), ctx.dtypes, strict=True))
+        dshare = skewed(grad @ tokens.mT, W).reshape(*alpha.shape[:2], -1, W)[:, :, :alpha.size(-1)].movedim(-1, 0)
+        dsum = (dshare - (dshare * share).sum(0)).mul_(inverse_z)           # of fade * omega, before it was divided by z
         return *dkv, *coefficient_gradients(dsum, fade, alpha, omega), None
+
+
+def gathered(x):
+    """The transpose of `windows`: (W, B, G, T) -> (B, G, T), at every token the sum of what its windows hold for it."""
+    W = x.size(0)
+    x = F.pad(x, (0, W - 1))                                                # so that a row's end is 0 before the next one's start
+    return x.as_strided(x.shape, (x.stride(0) - 1, *x.stride()[1:])).sum(0)[..., W - 1:]
 
 
 def coefficient_gradients(dsum, fade, alpha, omega):
     """dsum (W, B, G, T): the gradient of fade * omega. Returns those of alpha and omega, (B, G, T)."""
-    W, _, _, T = fade.shape
-    before = W - 1
-    alpha_wide, omega_wide = (F.pad(x.to(fade.dtype), (before, 0)) for x in (alpha, omega))
-    dalpha, domega = torch.zeros_like(alpha_wide), torch.zeros_like(omega_wide)
-    dfade = torch.zeros_like(fade[0])                                       # of everything older than token m
-    for m in range(W):
-        token = slice(m, m + T)                                             # t - W + 1 + m in the padded sequence
-        dalpha[..., token].addcmul_(dfade, fade[m])
-        domega[..., token].addcmul_(dsum[m], fade[m])
-        dfade = torch.addcmul(dfade * alpha_wide[..., token], dsum[m], omega_wide[..., token])
-    return dalpha[..., before:].to(alpha.dtype), domega[..., before:].to(omega.dtype)
+    W = len(fade)
+    past, alphas = dsum * windows(omega.to(fade.dtype), W), windows(alpha.to(fade.dtype), W)
+    dfade = torch.zeros_like(fade)                                          # [m]: of everything older than token m
+    for m in range(W - 1):
+        torch.addcmul(past[m], dfade[m], alphas[m], out=dfade[m + 1])
+    return gathered(dfade * fade).to(alpha.dtype), gathered(dsum * fade).to(omega.dtype)
 
 
 @jit
