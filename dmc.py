@@ -373,8 +373,7 @@ class Cache:
         open_k, open_v, open_omega = self.open_k[layer], self.open_v[layer], self.open_omega[layer]
         open_omega *= merge[..., None]                               # a new segment forgets the tokens before it
         if self.config.window:
-            at = self.seen[layer] % self.config.window               # the oldest of the last w tokens makes room
-            open_k[:, :, at], open_v[:, :, at], open_omega[:, :, at] = k[:, :, 0], v[:, :, 0], omega[..., 0]
+            self._remember(layer, k, v, omega)
             weight = open_omega / open_omega.sum(-1, keepdim=True)
             return tuple((weight[..., None, :] @ wide(x)).to(k.dtype) for x in (open_k, open_v))
         z = open_omega + omega                                       # z_t = z_{t-1} + omega_t
@@ -382,6 +381,12 @@ class Cache:
             average.copy_((open_omega[..., None] * average + omega[..., None] * new) / z[..., None])
         open_omega.copy_(z)
         return open_k.to(k.dtype), open_v.to(v.dtype)
+
+    def _remember(self, layer, k, v, omega):
+        """The last w tokens: the oldest makes room."""
+        at = self.seen[layer] % self.config.window
+        for ring, new in ((self.open_k, k), (self.open_v, v), (self.open_omega, omega)):
+            ring[layer][:, :, at] = new[:, :, 0]
 
     def _write_last(self, layer, k, v):
         last = (self.lengths[layer] - 1)[..., None, None].expand_as(k)          # (B, G, 1, D)

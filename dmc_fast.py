@@ -633,24 +633,23 @@ class Cache(dmc.Cache):
 
     pool_k, pool_v (pages + 1, page, D); table (L, B, G, pages per head) names the pages of each head; the last page of the
     pool is the spare one, where a head writes when the pool is exhausted. free holds the numbers of the free pages, the
-    first `left` of them. ages (L, B, G) counts tokens, -1 a released sequence. lengths, open_k, open_v, open_omega as in
-    dmc.Cache. A step at T = 1 never waits for the GPU, so errors are raised by `check`, which does.
+    first `left` of them. ages (L, B, G) counts tokens, -1 a released sequence, so sequences may differ in length. lengths,
+    open_k, open_v, open_omega as in dmc.Cache. On a GPU a step at T = 1 never waits for it, so errors are raised by `check`,
+    which does.
 
-    pages None: enough for every head at max_seq_len. A captured step counts in `ages`; its replays leave `seen` to the caller.
-    Where there are no kernels (`paged` False) it is dmc.Cache with the fast prefill, without pages to release.
+    pages None: enough for every head at max_seq_len. `seen` counts calls, as in dmc.Cache, which checks the positions by it:
+    who replays a captured step, or lets sequences come and go, sets it to the longest one's tokens.
     """
 
     _accumulate, _attend = staticmethod(accumulate), staticmethod(attend)
 
     def __init__(self, config, batch, device=None, dtype=torch.float32, page_size=16, pages=None):
         super().__init__(config, batch, device, dtype)
-        L, B, G, D = config.n_layer, batch, config.n_kv_head, config.head_dim
-        least = 16 if torch.device(device or "cpu").type == "cuda" else 2
-        self.paged = uses_kernels(device) and dtype != torch.float64 and D >= least and D == power_of_2(D)
-        if not self.paged:
-            return
         if page_size not in (16, 32, 64):
             raise dmc.InputError(f"page_size is {page_size}; choose 16, 32 or 64.")
+        L, B, G, D = config.n_layer, batch, config.n_kv_head, config.head_dim
+        on_gpu = torch.device(device or "cpu").type == "cuda"
+        self.kernels = uses_kernels(device) and dtype != torch.float64 and D >= (16 if on_gpu else 2) and D == power_of_2(D)
         per_head = -(-config.max_seq_len // page_size)
         pages = L * B * G * per_head if pages is None else pages
         ints = dict(dtype=torch.int32, device=device)
@@ -659,29 +658,33 @@ class Cache(dmc.Cache):
         self.free, self.left = torch.arange(pages, **ints), torch.full((1,), pages, **ints)
         self.failed = torch.zeros(1, **ints)
         self.order = torch.arange(B * G, **ints).repeat(L, 1)
-        self.pool_k, self.pool_v = (torch.empty(pages + 1, page_size, D, device=device, dtype=dtype) for _ in range(2))
-        self.cos, self.sin = (x.float().contiguous() for x in dmc.rotary_table(config, config.max_seq_len, device))
-        processors = torch.cuda.get_device_properties(self.free.device).multi_processor_count if self.free.is_cuda else 1
+        make = torch.empty if self.kernels else torch.zeros      # without them, what nobody wrote is read and masked
+        self.pool_k, self.pool_v = (make(pages + 1, page_size, D, device=device, dtype=dtype) for _ in range(2))
+        table = dmc.rotary_table(config, config.max_seq_len, device)
+        self.cos, self.sin = (x.to(self.open_omega.dtype).contiguous() for x in table)
+        processors = torch.cuda.get_device_properties(self.free.device).multi_processor_count if on_gpu else 1
         self.splits = max(1, min(16, 4 * processors // (B * G)))
 
     @property
+    def page_size(self):
+        return self.pool_k.size(1)
+
+    @property
     def bytes(self):
-        if not self.paged:
-            return super().bytes
         slot = 2 * self.config.head_dim * self.pool_k.element_size()
         tensors = (self.pool_k, self.pool_v, self.table, self.free, self.open_k, self.open_v, self.open_omega)
         return dmc.CacheBytes(self.lengths.sum().item() * slot, sum(x.nbytes for x in tensors))
 
     @property
     def compression_ratio(self):
-        if not self.paged:
-            return super().compression_ratio
         slots = self.lengths.sum().item()
         return self.ages.clamp(min=0).sum().item() / slots if slots else 1.0
 
+    # --- sequences come and go
+
     def check(self):
         """Raise InputError if the pool was exhausted since the last check. Waits for the GPU."""
-        if self.paged and self.failed.item():
+        if self.failed.item():
             self.failed.zero_()
             raise dmc.InputError(f"the cache's {len(self.free)} pages are used up; give it more, or a smaller batch, "
                                  "or shorter texts.")
@@ -699,7 +702,7 @@ class Cache(dmc.Cache):
     def admit(self, rows):
         """A cache for new sequences in the place of those of the slice `rows`, released before. It shares all memory with this.
 
-        Prefill through it; then this cache decodes old and new together. `seen` here goes on counting for the oldest.
+        Prefill through it; then this cache decodes old and new together.
         """
         part = object.__new__(type(self))
         part.__dict__.update(self.__dict__, seen=[0] * len(self.seen))
@@ -710,17 +713,56 @@ class Cache(dmc.Cache):
         part.ages.zero_()
         return part
 
-    @property
-    def page_size(self):
-        return self.pool_k.size(1)
+    def sort_rows(self):
+        """Longest heads first, in every layer. Any order is correct; this one leaves no processor with a long row at the end."""
+        self.order.copy_(self.lengths.flatten(1).argsort(descending=True))
 
-    def sort_rows(self, layer):
-        """Longest heads first. Any order is correct; this one leaves no processor with a long row at the end."""
-        self.order[layer] = self.lengths[layer].flatten().argsort(descending=True).int()
+    def _take(self, layer, fresh):
+        """A page from the end of `free` for each True in fresh (B, G, pages per head), or the spare one when none is left."""
+        taken = self.left - fresh.flatten().cumsum(0).view_as(fresh)
+        pages = torch.where(taken >= 0, self.free[taken.clamp(min=0)], len(self.free))
+        self.table[layer] = torch.where(fresh, pages, self.table[layer])
+        self.left -= fresh.sum().int()
+        self.failed |= (fresh & (taken < 0)).any().int()
+
+    def _write(self, layer, slot, written, k, v):
+        """k, v (B, G, T, D) into the slots numbered `slot` (B, G, T), those with written False into the spare page."""
+        at = self.table[layer].gather(-1, (slot // self.page_size).clamp(min=0)).long() * self.page_size + slot % self.page_size
+        at = torch.where(written, at, len(self.free) * self.page_size).flatten()
+        for pool, x in ((self.pool_k, k), (self.pool_v, v)):
+            pool.view(-1, x.size(-1))[at] = x.reshape(-1, x.size(-1))
+
+    # --- what dmc.Cache leaves to its kind
+
+    def _scatter(self, layer, k, v, survives):
+        """Item j, in slot sum(survives[:j]), for all that survive: into an empty cache's slots. survives (B, G, T)."""
+        self.seen[layer] = self.ages[layer] = survives.size(-1)
+        self.lengths[layer] = survives.sum(-1)
+        page = torch.arange(self.table.size(-1), device=k.device)
+        self._take(layer, page * self.page_size < self.lengths[layer][..., None])
+        self._write(layer, survives.cumsum(-1) - 1, survives, k, v)
+
+    def _append(self, layer, q, k, v):
+        T = q.size(2)
+        if self.seen[layer] == 0 and T > 1:
+            q, k = (dmc.rotate_heads(x, self.cos[:T], self.sin[:T], self.gain) for x in (q, k))
+            self._scatter(layer, k, v, torch.ones(k.shape[:3], dtype=torch.bool, device=k.device))
+            return attend(q, k, v)
+        return torch.cat([self._step(layer, *(x[:, :, t:t + 1] for x in (q, k, v)), None, None) for t in range(T)], dim=2)
+
+    def _remember(self, layer, k, v, omega):
+        at = (self.ages[layer].long() % self.config.window)[..., None]
+        self.open_omega[layer].scatter_(-1, at, omega)
+        for ring, new in ((self.open_k, k), (self.open_v, v)):
+            ring[layer].scatter_(2, at[..., None].expand_as(new), new)
 
     def _step(self, layer, q, k, v, alpha, omega):
-        if not self.paged:
-            return super()._step(layer, q, k, v, alpha, omega)
+        self.seen[layer] += 1
+        if self.seen[layer] % 64 == 0 and layer == 0 and self.kernels:
+            self.sort_rows()
+        return (self._step_in_kernels if self.kernels else self._step_in_operations)(layer, q, k, v, alpha, omega)
+
+    def _step_in_kernels(self, layer, q, k, v, alpha, omega):
         (B, H, _, D), G = q.shape, k.size(1)
         q, k, v = (x[:, :, 0] if x.stride(-1) == 1 else x[:, :, 0].contiguous() for x in (q, k, v))
         decides = alpha is not None
@@ -733,42 +775,29 @@ class Cache(dmc.Cache):
                               self.table.size(-1), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
                               R=H // G, HALF=D // 2, W=W, W_PAD=power_of_2(W), PAGE=self.page_size,
                               WINDOWED=self.config.window is not None, DECIDES=decides, CONTROL_GAIN=self.gain, num_warps=1)
-        self.seen[layer] += 1
-        if self.seen[layer] % 64 == 0:
-            self.sort_rows(layer)
         y = decode(turned, self.pool_k, self.pool_v, self.table[layer].flatten(0, 1), self.lengths[layer].flatten(),
                    self.order[layer], self.splits)
         return y.view(B, H, 1, D)
 
-    def _append(self, layer, q, k, v):
-        if not self.paged:
-            return super()._append(layer, q, k, v)
-        T = q.size(2)
-        if self.seen[layer] == 0 and T > 1:
-            cos, sin = self.cos[:T], self.sin[:T]
-            q, k = (dmc.rotate_heads(x, cos, sin, self.gain) for x in (q, k))
-            self._scatter(layer, k, v, torch.ones(k.shape[:3], dtype=torch.bool, device=k.device))
-            return attend(q, k, v)
-        return torch.cat([self._step(layer, *(x[:, :, t:t + 1] for x in (q, k, v)), None, None) for t in range(T)], dim=2)
-
-    def _scatter(self, layer, k, v, survives):
-        """Item j, in slot sum(survives[:j]), for all that survive: into an empty cache's slots. survives (B, G, T)."""
-        if not self.paged:
-            super()._scatter(layer, k, v, survives)
-            return
-        T, D = k.shape[2:]
-        lengths = survives.sum(-1)
-        self.seen[layer], self.lengths[layer], self.ages[layer] = T, lengths, T
-        pages = -(-lengths // self.page_size)
+    def _step_in_operations(self, layer, q, k, v, alpha, omega):
+        """step_kernel and decode_kernel in PyTorch's operations, every head padded to the longest one's pages."""
+        running, slot = self.ages[layer] >= 0, self.lengths[layer].clone()               # (B, G)
+        merge = torch.zeros_like(running)
+        if alpha is not None:
+            merge = (alpha[..., 0] > 0.5) & (slot > 0)                                   # the first token appends
+            k, v = self._average(layer, k, v, merge, omega)
+            slot -= merge.int()
         page = torch.arange(self.table.size(-1), device=k.device)
-        taken = self.left - 1 - (pages.flatten().cumsum(0).view_as(pages) - pages)[..., None] - page     # from the end of free
-        self.failed |= (self.left < pages.sum()).int()
-        names = torch.where(taken >= 0, self.free[taken.clamp(min=0)], len(self.free))
-        self.table[layer] = torch.where(page < pages[..., None], names, self.table[layer])
-        self.left -= pages.sum().int()
-        slot = survives.cumsum(-1) - 1
-        at = self.table[layer].gather(-1, (slot // self.page_size).clamp(min=0)).long() * self.page_size + slot % self.page_size
-        at = torch.where(survives, at, len(self.free) * self.page_size).flatten()            # the others into the spare page
-        for pool, x in ((self.pool_k, k), (self.pool_v, v)):
-            pool.view(-1, D)[at] = x.reshape(-1, D)
-        self.sort_rows(layer)
+        self._take(layer, (running & ~merge)[..., None] & (page * self.page_size == slot[..., None]))
+        age = self.ages[layer, :, :1].clamp(min=0)                                       # all heads of a sequence are as old
+        cos, sin = self.cos[age][:, :, None], self.sin[age][:, :, None]                  # (B, 1, 1, D / 2)
+        q, k = (dmc.rotate_heads(x, cos, sin, self.gain) for x in (q, k))
+        self._write(layer, slot[..., None], running[..., None], k, v)
+        self.lengths[layer] += (running & ~merge).int()
+        self.ages[layer] += running.int()
+        pages = self.table[layer, :, :, :-(-int(self.lengths[layer].max()) // self.page_size)]
+        keys, values = (pool[pages].flatten(2, 3) for pool in (self.pool_k, self.pool_v))
+        used = torch.arange(keys.size(2), device=k.device) < self.lengths[layer][..., None]
+        used = used.repeat_interleave(q.size(1) // k.size(1), dim=1)[:, :, None]         # (B, H, 1, slots)
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=used, enable_gqa=q.size(1) != k.size(1))
+        return y.masked_fill(~running[:, :1, None, None], 0)

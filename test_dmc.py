@@ -170,6 +170,15 @@ def through_cache(model, tokens, split, **kwargs):
     return torch.cat([model(part, cache, **kwargs)[0] for part in tokens.split(split, dim=1)], dim=1), cache
 
 
+def slots_of(cache, layer, b, g):
+    """The keys and the values in the slots of one head, (slots, D) each, oldest first."""
+    n = int(cache.lengths[layer, b, g])
+    if isinstance(cache, dmc_fast.Cache):
+        pages = cache.table[layer, b, g].long()
+        return [pool[pages].flatten(0, 1)[:n] for pool in (cache.pool_k, cache.pool_v)]
+    return [slots[layer][b, g, :n] for slots in (cache.keys, cache.values)]
+
+
 def assert_close(a, b, tolerance=1e-9):
     assert a.shape == b.shape and (a - b).abs().max().item() < tolerance
 
@@ -406,9 +415,8 @@ def test_any_split_into_portions_equals_one_by_one(ops, seed, heads, T, window, 
     assert_close(torch.cat(y[0], dim=2), torch.cat(y[1], dim=2))
     assert (one_by_one.lengths == split.lengths).all()
     for b, g in np.ndindex(2, heads[1]):
-        n = split.lengths[0, b, g]
-        assert_close(one_by_one.keys[0][b, g, :n], split.keys[0][b, g, :n])
-        assert_close(one_by_one.values[0][b, g, :n], split.values[0][b, g, :n])
+        for mine, theirs in zip(slots_of(one_by_one, 0, b, g), slots_of(split, 0, b, g), strict=True):
+            assert_close(mine, theirs)
 
 
 @both
@@ -1901,7 +1909,7 @@ def test_smollm2_is_retrofitted(smollm2, smollm2_pair, english, tmp_path, capsys
 # ------------------------------------------------------------------------------------------------ dmc_fast.py
 
 # With TRITON_INTERPRET=1 in the environment the kernels run on the CPU: `test_kernels_in_the_interpreter` starts a process that
-# has it, for the tests marked `kernels`. Tolerances are a multiple of the error that dmc.py makes in the same precision.
+# has it, for the tests marked `kernels` and for those of the cache, which run here too, without kernels. Tolerances are a multiple of the error that dmc.py makes in the same precision.
 
 INTERPRETED = dmc_fast.INTERPRETED
 on_cpu = pytest.mark.skipif(INTERPRETED, reason="PyTorch's operations are tested without the interpreter")
@@ -2063,7 +2071,7 @@ def test_ragged_decode_kernel(poisoned, R, D, page, splits, dtype):
     assert torch.equal(*results) and (results[0][0] == 0).all()
 
 
-# ------------------------------------------------------------------------------------------------ kernels: the cache
+# ------------------------------------------------------------------------------------------------ the paged cache, with kernels and without
 
 def check_cache(heads, window, T, portions, D=8, page_size=16, decides=True, batch=1, merge=0.5):
     """The same tokens, in portions, into both caches: outputs, lengths, the open segment, the slots."""
@@ -2071,8 +2079,7 @@ def check_cache(heads, window, T, portions, D=8, page_size=16, decides=True, bat
     inputs = [x.float()[:batch] for x in qkv(5, heads, T, D=D, merge=merge)]
     caches = [dmc.Cache(config, batch), dmc_fast.Cache(config, batch, page_size=page_size),
               dmc.Cache(config, batch, dtype=torch.float64)]
-    if INTERPRETED:
-        caches[1].free = caches[1].free[torch.randperm(len(caches[1].free), generator=torch.Generator().manual_seed(0))]
+    caches[1].free = caches[1].free[torch.randperm(len(caches[1].free), generator=torch.Generator().manual_seed(0))]
     results = []
     for cache in caches:
         mine = [x.double() if cache is caches[2] else x for x in inputs][:None if decides else 3]
@@ -2087,27 +2094,17 @@ def check_cache(heads, window, T, portions, D=8, page_size=16, decides=True, bat
     return caches
 
 
-@on_cpu
-@pytest.mark.parametrize("window", [None, 3])
-def test_cache_without_kernels(window):
-    for portions in ([1] * 9, [6, 1, 2]):
-        check_cache((8, 2), window, 9, portions, merge=0.7)
-
-
-@kernels
 @pytest.mark.parametrize("heads,window,portions,D,decides,merge", [
     ((3, 1), 3, [1] * 19, 8, True, 0.8), ((4, 1), None, [1] * 4, 64, True, 0.5), ((8, 1), 12, [17, 1, 1], 8, True, 0.1),
     ((2, 2), None, [16, 1, 2], 8, True, 0.0), ((2, 1), 2, [6, 1, 1, 1, 1], 8, True, 0.9),
     ((1, 1), 1, [15, 1, 1], 128, True, 0.5), ((2, 2), 12, [15, 1, 1], 8, False, 0.0)])
 def test_paged_cache_kernel(poisoned, heads, window, portions, D, decides, merge):
     plain, fast, _ = check_cache(heads, window, sum(portions), portions, D, decides=decides, merge=merge)
-    assert fast.paged
+    assert fast.kernels == INTERPRETED
     fast.check()
-    for g in range(heads[1]):                                    # the slots themselves
-        n = int(fast.lengths[1, 0, g])
-        for pool, slots in ((fast.pool_k, plain.keys), (fast.pool_v, plain.values)):
-            mine = pool[fast.table[1, 0, g].long()].flatten(0, 1)[:n]
-            assert (mine - slots[1][0, g, :n]).abs().max() < 1e-5
+    for g in range(heads[1]):
+        for mine, theirs in zip(slots_of(fast, 1, 0, g), slots_of(plain, 1, 0, g), strict=True):
+            assert (mine - theirs).abs().max() < 1e-5
 
 
 def owned_pages(cache):
@@ -2115,7 +2112,6 @@ def owned_pages(cache):
     return cache.table[torch.arange(cache.table.size(-1)) < owned[..., None]].tolist()
 
 
-@kernels
 def test_pages_run_out_and_come_back_kernel(poisoned):
     """No page is owned twice or lost; an exhausted pool is reported, and nobody's slots change; released pages serve anew."""
     config = config_of((2, 2), 3, n_layer=1)
@@ -2152,7 +2148,6 @@ def test_pages_run_out_and_come_back_kernel(poisoned):
     assert cache.left.item() == 7 and conserved()
 
 
-@kernels
 def test_a_prompt_too_long_for_the_pool_kernel(poisoned):
     q, k, v, alpha, omega = (x.float() for x in qkv(0, (2, 2), 40, merge=0.0))
     cache = dmc_fast.Cache(config_of((2, 2), 3, n_layer=1), 2, pages=5)
@@ -2165,8 +2160,7 @@ def test_a_prompt_too_long_for_the_pool_kernel(poisoned):
     assert sorted(cache.free[:cache.left.item()].tolist()) == list(range(5))
 
 
-@kernels
-@settings(max_examples=12)
+@settings(max_examples=12 if INTERPRETED else 60)
 @given(st.data())
 def test_sequences_come_and_go_kernel(data):
     """Prefill, decode, finish, admit, exhaust, in any order, against one reference each; no page lost or doubled."""
