@@ -25,8 +25,10 @@ import numpy as np
 import torch
 
 import dmc
+import dmc_fast
 from dmc import Config, InputError, Tokenizer, Transformer, one_line, read_json, weight_files
 
+OPS = {"fast": dmc_fast, "reference": dmc}
 PROMPT = "import os\nimport sys\n\ndef "
 SEGMENT_COLOURS = ("\033[48;5;24m\033[97m", "\033[48;5;94m\033[97m", "\033[48;5;29m\033[97m")
 RESET = "\033[0m"
@@ -250,6 +252,7 @@ def parse(argv):
     parser.add_argument("--top-p", type=number(0, 1), default=0.95, help="sample from the likeliest that make up p [0.95]")
     parser.add_argument("--seed", type=number(0, kind=int), default=0, help="of the sampling [0]")
     parser.add_argument("--cache", choices=["dmc", "full"], default="dmc", help="full: keep every token, merge nothing [dmc]")
+    parser.add_argument("--ops", choices=OPS, default="fast", help="kernels and pages, or the plain functions of dmc.py [fast]")
     parser.add_argument("--show-merges", metavar="LAYER.HEAD", help="print the prompt cut into one head's segments, and stop")
     return parser.parse_args(argv)
 
@@ -293,10 +296,10 @@ def run(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.random_weights:
         name, facts, tokenizer = f"{args.ckpt}, random weights", {}, Tokenizer.bytes()
-        model = random_model(args.ckpt, device=device)
+        model = random_model(args.ckpt, OPS[args.ops], device)
     else:
         name = find_checkpoint(args.ckpt)
-        model, tokenizer = dmc.load(name, device=device), Tokenizer.from_folder(name)
+        model, tokenizer = dmc.load(name, OPS[args.ops], device), Tokenizer.from_folder(name)
         facts = read_json(name / "config.json").get("dmc", {})
     text = read_text(args.prompt_file, "--prompt-file") if args.prompt_file else args.prompt
     prompt = tokenizer.encode(text, prefix=True)

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 
 import dmc
 from dmc import Config, InputError, Tokenizer, read_json, write_atomically, write_json
-from generate import Parser, locate, provenance, random_model, read_text, runs_by_number
+from generate import OPS, Parser, locate, provenance, random_model, read_text, runs_by_number
 
 # ------------------------------------------------------------------------------------------------ settings
 
@@ -57,6 +57,7 @@ class Settings:
                                    "is bytes", action="store_true")
     control: bool = setting(False, "with --init too: also train the model given for as many steps without compression",
                             action="store_true")
+    ops: str = setting("fast", "kernels and stock flash attention, or the plain functions of dmc.py", choices=list(OPS))
     seed: int = setting(0, "seed of the weights, the order of the data and the decisions' noise")
     layers: int = setting(3, "L, layers of the small model")
     heads: int = setting(4, "H, its query heads")
@@ -363,6 +364,9 @@ class Run:
     def save_model(self, model, folder, **facts):
         dmc.save(model, self.out / folder, self.tokenizer, **facts)
 
+    def load(self, folder, **changes):
+        return dmc.load(self.out / folder, OPS[self.settings.ops], self.device, torch.float32, **changes)
+
     # --- training
 
     def execute(self, state):
@@ -379,10 +383,11 @@ class Run:
         phase, s, step = self.phases[index], self.settings, state["step"]
         if phase.start is None:
             torch.manual_seed(s.seed)
-            model = random_model(s.init, dtype=torch.float32) if s.init else dmc.Transformer(s.small_config())
+            model = (random_model(s.init, OPS[s.ops], dtype=torch.float32) if s.init else
+                     dmc.Transformer(s.small_config(), OPS[s.ops]))
             model.to(self.device)
         else:
-            model = dmc.load(self.out / phase.start, device=self.device, dtype=torch.float32, **s.method(phase.dmc))
+            model = self.load(phase.start, **s.method(phase.dmc))
         optimizer = new_optimizer(model, s)
         if "model" in state:
             model.load_state_dict(state["model"])
@@ -477,7 +482,7 @@ class Run:
         """Print the table and the heat map, write summary.json. Averaging without learning is measured here: the control (or
         where there is none the model given) with every n tokens averaged, n the nearest whole number to each model's CR."""
         baseline = self.phases[-1] if self.phases[-1].name == "control" else self.phases[0]
-        plain = dmc.load(self.out / baseline.weights, device=self.device, dtype=torch.float32)
+        plain = self.load(baseline.weights)
         plain.config = replace(plain.config, **self.settings.method(dmc=False))      # the window to average over
         summary = {"unit": self.unit, "pretrained": self.figures("pretrained")["loss"], "dmc": []}
         if baseline.name == "control":
