@@ -13,6 +13,7 @@ import os
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend
 
 import dmc
 from dmc import wide
@@ -36,24 +37,40 @@ def jit(f):
 
 # ------------------------------------------------------------------------------------------------ attend
 
-LOWEST = -1e4       # stands for log 0: exp of it is 0, and unlike -inf it survives a multiplication by 0
+LOWEST = -1e4       # stands for log 0: exp of it is 0, and unlike inf it survives a multiplication by 0
 aten = torch.ops.aten
 
 
-def flash(q, k, v, scale):
-    """Stock causal flash attention: y, log-sum-exp (B, H, T), and what its backward pass asks for besides."""
-    if q.is_cuda:
-        y, lse, *rest = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)
-        return y, lse, rest[:6]
-    y, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
-    return y, lse, ()
+def stock(q, k, v):
+    """The flash attention that PyTorch would choose for these by itself: "cpu", "flash" or "cudnn"; None: it has none."""
+    if not q.is_cuda:
+        return "cpu"
+    choice = torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+    return {SDPBackend.FLASH_ATTENTION.value: "flash", SDPBackend.CUDNN_ATTENTION.value: "cudnn"}.get(choice)
 
 
-def flash_backward(grad, q, k, v, y, lse, rest, scale):
-    if q.is_cuda:
-        return aten._scaled_dot_product_flash_attention_backward(grad, q, k, v, y, lse, *rest[:4], 0.0, True, *rest[4:],
-                                                                 scale=scale)
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, y, lse, 0.0, True, scale=scale)
+def flash(kind, q, k, v, scale):
+    """Stock causal attention: y, log-sum-exp (B, H, T), and the tensors and the sizes that its backward pass asks for."""
+    if kind == "cpu":
+        return *aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale), (), ()
+    if kind == "flash":
+        results = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)
+    else:
+        results = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, scale=scale)
+    y, lse, starts_q, starts_k, longest_q, longest_k, seed, offset, _ = results
+    return y, lse.view(q.shape[:3]), (starts_q, starts_k, seed, offset), (longest_q, longest_k)
+
+
+def flash_backward(kind, grad, q, k, v, y, lse, tensors, sizes, scale):
+    """The gradients of q, k, v."""
+    if kind == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, y, lse, 0.0, True, scale=scale)
+    starts_q, starts_k, *random = tensors
+    if kind == "flash":
+        return aten._scaled_dot_product_flash_attention_backward(grad, q, k, v, y, lse, starts_q, starts_k, *sizes, 0.0, True,
+                                                                 *random, scale=scale)
+    return aten._scaled_dot_product_cudnn_attention_backward(grad, q, k, v, y, lse.unsqueeze(-1), *random, None, starts_q,
+                                                             starts_k, *sizes, 0.0, True, scale=scale)
 
 
 def grouped(x, G):
@@ -61,53 +78,193 @@ def grouped(x, G):
     return x.unflatten(1, (G, -1))
 
 
-def sum_group(x):
-    return x.sum(2) if x.size(2) > 1 else x[:, :, 0]
+def power_of_2(n):
+    return 1 << max(0, n - 1).bit_length()
+
+
+def dense(x):
+    """x, or a copy of it in which no element lies apart and the last dimension is contiguous."""
+    return x if x.is_contiguous() or x.transpose(1, 2).is_contiguous() else x.contiguous()
+
+
+@jit
+def mask_kernel(q, k, keep, q_masked, k_masked, diagonal, T, G, scale, q_b, q_h, q_t, k_b, k_h, k_t,
+                R: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr):
+    """Copies of q and k whose control channels carry the mask, and the scores of the diagonal, for TILE tokens of one group.
+
+    Floor: q and k read and written once, 4 D (R + 1) bytes per token and key-value head in bf16. The query heads of a group
+    are taken one after the other, beside a key that is read once.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    t, d = tl.program_id(1) * TILE + tl.arange(0, TILE), tl.arange(0, D_PAD)
+    at, inside = t[:, None], (t < T)[:, None] & (d < D)[None, :]
+    b, g = row // G, row % G
+    bias = tl.load(keep + row * T + t, mask=t < T, other=0)
+    k_at = b * k_b + g * k_h + at * k_t + d[None, :]
+    key = tl.load(k + k_at, mask=inside, other=0)
+    for r in range(R):
+        q_at = b * q_b + (g * R + r) * q_h + at * q_t + d[None, :]
+        query = tl.load(q + q_at, mask=inside, other=0)
+        score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale
+        tl.store(diagonal + (row * R + r) * T + t, score, mask=t < T)
+        tl.store(q_masked + q_at, tl.where(d[None, :] == 0, 8.0, query), mask=inside)
+    tl.store(k_masked + k_at, tl.where(d[None, :] == 0, (bias / (8 * scale))[:, None], key), mask=inside)
+
+
+@jit
+def restore_kernel(y, lse, v, keep, diagonal, T, G, y_b, y_h, y_t, v_b, v_h, v_t,
+                   R: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr):
+    """Into y and lse, in place, what the mask took from the diagonal, for TILE tokens of one group.
+
+    Floor: v read, y read and written once, 2 D (2 R + 1) bytes per token and key-value head in bf16. Rows from which nothing
+    was taken, because the next token appended, are not touched.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    t, d = tl.program_id(1) * TILE + tl.arange(0, TILE), tl.arange(0, D_PAD)
+    at, inside = t[:, None], (t < T)[:, None] & (d < D)[None, :]
+    b, g = row // G, row % G
+    taken = 1 - tl.exp(tl.load(keep + row * T + t, mask=t < T, other=0))
+    value = tl.load(v + b * v_b + g * v_h + at * v_t + d[None, :], mask=inside & (taken > 0)[:, None], other=0).to(tl.float32)
+    for r in range(R):
+        entry = (row * R + r) * T + t
+        past = tl.load(lse + entry, mask=t < T, other=0)
+        score = tl.load(diagonal + entry, mask=t < T, other=0)
+        highest = tl.maximum(past, tl.where(taken > 0, score, past))
+        total = tl.exp(past - highest) + taken * tl.exp(tl.minimum(score - highest, 0.0))
+        merged_lse = highest + tl.log(total)
+        weight = taken * tl.exp(tl.minimum(score - merged_lse, 0.0))
+        y_at = b * y_b + (g * R + r) * y_h + at * y_t + d[None, :]
+        changed = inside & (weight > 0)[:, None]
+        old = tl.load(y + y_at, mask=changed, other=0).to(tl.float32)
+        tl.store(y + y_at, old + weight[:, None] * (value - old), mask=changed)
+        tl.store(lse + entry, merged_lse, mask=t < T)
+
+
+@jit
+def mask_gradient_kernel(grad, q, k, v, y, lse, keep, diagonal, dq, dk, dv, dkeep, T, G, scale,
+                         grad_b, grad_h, grad_t, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, y_b, y_h, y_t,
+                         dq_b, dq_h, dq_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
+                         R: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr):
+    """The share of what was restored to the diagonal in dq, dk, dv, in place, and keep's gradient, for TILE tokens of one group.
+
+    Floor: grad, q, y, k, v read, dq, dk, dv read and written once: 2 D (5 R + 6) bytes per token and key-value head in bf16.
+    What a group's query heads give to their key and value is summed in registers.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    t, d = tl.program_id(1) * TILE + tl.arange(0, TILE), tl.arange(0, D_PAD)
+    at, inside = t[:, None], (t < T)[:, None] & (d < D)[None, :]
+    b, g = row // G, row % G
+    left = tl.exp(tl.load(keep + row * T + t, mask=t < T, other=0))
+    key = tl.load(k + b * k_b + g * k_h + at * k_t + d[None, :], mask=inside, other=0).to(tl.float32)
+    value = tl.load(v + b * v_b + g * v_h + at * v_t + d[None, :], mask=inside, other=0).to(tl.float32)
+    dk_at, dv_at = dk + b * dk_b + g * dk_h + at * dk_t + d[None, :], dv + b * dv_b + g * dv_h + at * dv_t + d[None, :]
+    key_sum, value_sum = tl.load(dk_at, mask=inside, other=0).to(tl.float32), tl.load(dv_at, mask=inside, other=0).to(tl.float32)
+    to_keep = tl.sum(tl.where(d[None, :] == 0, key_sum, 0.0), 1) / (8 * scale)
+    for r in range(R):
+        h, entry = g * R + r, (row * R + r) * T + t
+        share = tl.exp(tl.load(diagonal + entry, mask=t < T, other=0) - tl.load(lse + entry, mask=t < T, other=0))
+        slope = tl.load(grad + b * grad_b + h * grad_h + at * grad_t + d[None, :], mask=inside, other=0).to(tl.float32)
+        out = tl.load(y + b * y_b + h * y_h + at * y_t + d[None, :], mask=inside, other=0).to(tl.float32)
+        query = tl.load(q + b * q_b + h * q_h + at * q_t + d[None, :], mask=inside, other=0).to(tl.float32)
+        to_score = tl.sum(slope * (value - out), 1) * share
+        to_keep -= to_score * left
+        weight, to_score = share * (1 - left), to_score * (1 - left) * scale
+        dq_at = dq + b * dq_b + h * dq_h + at * dq_t + d[None, :]
+        to_query = tl.load(dq_at, mask=inside, other=0).to(tl.float32) + to_score[:, None] * key
+        tl.store(dq_at, tl.where(d[None, :] == 0, 0.0, to_query), mask=inside)
+        key_sum += to_score[:, None] * query
+        value_sum += weight[:, None] * slope
+    tl.store(dk_at, tl.where(d[None, :] == 0, 0.0, key_sum), mask=inside)
+    tl.store(dv_at, value_sum, mask=inside)
+    tl.store(dkeep + row * T + t, to_keep, mask=t < T)
+
+
+def by_group(q, k):
+    """The grid and the sizes of the three kernels above: one program per key-value head and tile of tokens."""
+    (B, H, T, D), G = q.shape, k.size(1)
+    return (B * G, triton.cdiv(T, 16)), dict(R=H // G, D=D, D_PAD=power_of_2(D), TILE=16)
+
+
+def masked_in_kernel(q, k, keep, scale):
+    q, k = dense(q), dense(k)
+    q_masked, k_masked, diagonal = torch.empty_like(q), torch.empty_like(k), q.new_empty(q.shape[:3], dtype=torch.float32)
+    grid, sizes = by_group(q, k)
+    mask_kernel[grid](q, k, keep, q_masked, k_masked, diagonal, q.size(2), k.size(1), scale, *q.stride()[:3], *k.stride()[:3],
+                      **sizes)
+    return q_masked, k_masked, diagonal
+
+
+def restore_in_kernel(y, lse, v, keep, diagonal):
+    grid, sizes = by_group(y, v)
+    restore_kernel[grid](y, lse, v, keep, diagonal, y.size(2), v.size(1), *y.stride()[:3], *v.stride()[:3], **sizes)
+
+
+def mask_gradient_in_kernel(grad, q, k, v, y, lse, keep, diagonal, dq, dk, dv, scale):
+    """Returns keep's gradient; dq, dk and dv change in place."""
+    grid, sizes = by_group(q, k)
+    strides = [stride for x in (grad, q, k, v, y, dq, dk, dv) for stride in x.stride()[:3]]
+    dkeep = torch.empty_like(keep)
+    mask_gradient_kernel[grid](grad, q, k, v, y, lse, keep, diagonal, dq, dk, dv, dkeep, q.size(2), k.size(1), scale, *strides,
+                               **sizes)
+    return dkeep
 
 
 class MaskedFlash(torch.autograd.Function):
     """The mask of appendix F through stock flash attention, without a T x T tensor. Channel 0 of q and k is 0 on entry.
 
-    Row i of the scores is split into the strict past j < i and the diagonal, which is never masked. The past is plain causal
-    attention over the keys shifted by one token, so that query i sees the keys 0 .. i-1 after a dummy that has no
-    weight; so its length stays T, which blocks divide better than T - 1. The control channel, which nobody needs any more,
-    carries the mask: 8 in the query (exact in bf16) times keep / 8 in the key. The two parts are merged by
-    their log-sum-exps. The stock backward pass needs no more than the *merged* output and log-sum-exp to give the
-    past's share of every gradient; keep's is what arrives in channel 0 of the keys, and has the precision of k.
+    The mask adds to the score of query i on key j < i what depends on j alone: keep_{j+1}. The control channel, which nobody
+    needs any more, carries it: 8 in the query (exact in bf16) times keep / 8 in the key. So stock causal attention
+    does all but one thing: it masks the diagonal as well, where the mask is 0. What it took from there, the part
+    alpha_{i+1} = 1 - exp(keep_{i+1}) of that weight, is given back by means of the log-sum-exp, all of it positive.
+
+    The stock backward pass, given the *final* output and log-sum-exp, yields its share of every gradient. keep's arrives in
+    channel 0 of the keys, with the precision of k, the diagonal's included, which is taken off again.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, keep, scale):
-        G = k.size(1)
-        diagonal = wide((grouped(q, G) * k[:, :, None]).sum(-1)).flatten(1, 2) * scale         # (B, H, T)
-        q, k, v = q.clone(), F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0))                     # k, v: T + 1 rows
-        keep = keep.clamp(min=LOWEST)
-        keep[..., 0] = LOWEST                                    # the dummy's
-        q[..., 0], k[:, :, :-1, 0] = 8, keep / (8 * scale)
-        y, lse, rest = flash(q, k[:, :, :-1], v[:, :, :-1], scale)
-        lse = torch.logaddexp(lse, diagonal).contiguous()
-        weight = (diagonal - lse).exp_()[..., None].to(q.dtype)                                 # of the diagonal
-        grouped(y, G).lerp_(v[:, :, None, 1:], grouped(weight, G))
-        ctx.save_for_backward(q, k, v, y, lse, weight, *rest[:2], *rest[4:])
-        ctx.sizes, ctx.scale, ctx.keep_dtype = rest[2:4], scale, keep.dtype
+    def forward(ctx, q, k, v, keep, scale, kind):
+        keep_next = F.pad(keep[..., 1:], (0, 1)).clamp_(min=LOWEST)         # what token t + 1 leaves to t
+        ctx.kernels = uses_kernels(q.device) and q.dtype != torch.float64
+        if ctx.kernels:
+            q, k, diagonal = masked_in_kernel(q, k, keep_next, scale)
+        else:
+            diagonal = wide((grouped(q, k.size(1)) * k[:, :, None]).sum(-1)).flatten(1, 2) * scale        # (B, H, T)
+            q, k = q.clone(), k.clone()
+            q[..., 0], k[..., 0] = 8, keep_next / (8 * scale)
+        v = dense(v)
+        y, lse, tensors, sizes = flash(kind, q, k, v, scale)
+        lse = lse.contiguous()
+        if ctx.kernels:
+            restore_in_kernel(y, lse, v, keep_next, diagonal)
+        else:
+            taken = -torch.expm1(keep_next)[:, :, None]
+            lse = torch.logaddexp(lse, (grouped(diagonal, k.size(1)) + taken.log()).flatten(1, 2))
+            weight = taken * grouped(diagonal - lse, k.size(1)).exp_()
+            grouped(y, k.size(1)).lerp_(v[:, :, None], weight[..., None].to(y.dtype))
+        ctx.save_for_backward(q, k, v, y, lse, keep_next, diagonal, *tensors)
+        ctx.kind, ctx.sizes, ctx.scale, ctx.keep_dtype = kind, sizes, scale, keep.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (q, k, v, y, lse, weight, *rest), scale = ctx.saved_tensors, ctx.scale
-        G, grad_g = k.size(1), grouped(grad, k.size(1))
-        dq, past_k, past_v = flash_backward(grad, q, k[:, :, :-1], v[:, :, :-1], y, lse,
-                                            (*rest[:2], *ctx.sizes, *rest[2:]), scale)
-        dkeep = (past_k[..., 0] / (8 * scale)).to(ctx.keep_dtype)
-        slope = (v[:, :, None, 1:] - grouped(y, G)).mul_(grad_g).sum(-1, keepdim=True)
-        slope *= grouped(weight * scale, G)                      # of the diagonal's products q_i . k_i
-        grouped(dq, G).addcmul_(slope, k[:, :, None, 1:])
-        dk, dv = sum_group(slope * grouped(q, G)), sum_group(grouped(weight, G) * grad_g)
-        dk[:, :, :-1] += past_k[:, :, 1:]
-        dv[:, :, :-1] += past_v[:, :, 1:]
-        dq[..., 0] = dk[..., 0] = 0                              # what arrived there was the mask's
-        return dq, dk, dv, dkeep, None
+        (q, k, v, y, lse, keep_next, diagonal, *tensors), scale = ctx.saved_tensors, ctx.scale
+        grad = dense(grad)
+        dq, dk, dv = flash_backward(ctx.kind, grad, q, k, v, y, lse, tensors, ctx.sizes, scale)
+        if ctx.kernels:
+            dkeep = mask_gradient_in_kernel(grad, q, k, v, y, lse, keep_next, diagonal, dq, dk, dv, scale)
+        else:
+            G, grad = k.size(1), grouped(grad, k.size(1))
+            left, share = keep_next.exp()[:, :, None], grouped(diagonal - lse, G).exp_()            # (B, G, 1 | R, T)
+            to_score = share * (v[:, :, None] - grouped(y, G)).mul_(grad).sum(-1)
+            dkeep = dk[..., 0] / (8 * scale) - (to_score * left).sum(2)
+            to_score, weight = ((x * (1 - left))[..., None].to(q.dtype) for x in (to_score * scale, share))
+            grouped(dq, G).addcmul_(to_score, k[:, :, None])
+            for r in range(grad.size(2)):
+                dk.addcmul_(to_score[:, :, r], grouped(q, G)[:, :, r])
+                dv.addcmul_(weight[:, :, r], grad[:, :, r])
+            dq[..., 0] = dk[..., 0] = 0                          # what arrived there was the mask's
+        return dq, dk, dv, F.pad(dkeep[..., :-1], (1, 0)).to(ctx.keep_dtype), None, None
 
 
 def attend(q, k, v, keep=None):
@@ -118,14 +275,13 @@ def attend(q, k, v, keep=None):
     """
     if keep is None or q.size(2) == 0:
         return dmc.attend(q, k, v, keep)
-    scale = 1 / math.sqrt(q.size(-1))
-    if q.is_cuda:
-        if q.dtype not in (torch.float16, torch.bfloat16) or q.size(-1) % 8:
-            return dmc.attend(q, k, v, keep)                     # what stock flash attention does not take
-    elif q[..., 0].any() or k[..., 0].any():
+    kind, scale = stock(q, k, v), 1 / math.sqrt(q.size(-1))
+    if kind is None:                                             # on a GPU: fp32, or an odd head size
+        return dmc.attend(q, k, v, keep)
+    if kind == "cpu" and (q[..., 0].any() or k[..., 0].any()):
         q, k, v = (F.pad(x, (1, 0)) for x in (q, k, v))          # a channel that is free
-        return MaskedFlash.apply(q, k, v, keep, scale)[..., 1:]
-    return MaskedFlash.apply(q, k, v, keep, scale)
+        return MaskedFlash.apply(q, k, v, keep, scale, kind)[..., 1:]
+    return MaskedFlash.apply(q, k, v, keep, scale, kind)
 
 
 # ------------------------------------------------------------------------------------------------ accumulate
@@ -389,10 +545,6 @@ def segment_average_kernel(x, alpha, omega, mean, T, G, stride_b, stride_g, stri
         last = tl.arange(0, TILE) == TILE - 1
         carried = tl.sum(tl.where(last[:, None], sums, 0.0), 0)
         carried_z = tl.sum(tl.where(last, z, 0.0), 0)
-
-
-def power_of_2(n):
-    return 1 << max(0, n - 1).bit_length()
 
 
 class WindowedAverage(torch.autograd.Function):

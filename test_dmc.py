@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dmc
 import dmc_fast
@@ -1918,12 +1919,13 @@ needs_triton = pytest.mark.skipif(dmc_fast.triton is None, reason="Triton is not
 
 
 def with_gradients(f, inputs, dtype):
-    """f's outputs and the gradients of all inputs, for a fixed random gradient of the outputs, everything in `dtype`."""
-    inputs = [x.to(dtype).detach().requires_grad_() for x in inputs]
+    """f's outputs and the gradients of all inputs, for a fixed random gradient of the outputs (exact in bf16).
+    dtype: what the inputs are converted to; None: they stay as they are."""
+    inputs = [x.to(dtype or x.dtype).detach().requires_grad_() for x in inputs]
     out = f(*inputs)
     out = out if isinstance(out, tuple) else (out,)
     rng = torch.Generator().manual_seed(0)
-    slopes = [torch.randn(x.shape, generator=rng, dtype=torch.float64).to(x.dtype) for x in out]
+    slopes = [torch.randn(x.shape, generator=rng, dtype=torch.float64).to(torch.bfloat16).to(x) for x in out]
     grads = torch.autograd.grad(out, inputs, slopes, allow_unused=True, materialize_grads=True)
     return [x.detach() for x in (*out, *grads)]
 
@@ -1967,13 +1969,44 @@ def test_attend_and_its_gradients(seed, heads, T, hard, silent):
         assert (fast - exact).abs().max() < 1e-12
 
 
+def check_attend(heads, T, hard, dtype, D, device="cpu"):
+    """q, k, v as views of (B, T, heads, D), as the projections leave them; keep in fp32, as the model has it."""
+    *inputs, keep = (x.to(device) for x in attend_inputs(0, heads, T, hard, True, D=D))
+    inputs = [x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]      # all start from the same numbers
+
+    def run(f, dtype, wide):
+        *rest, dkeep = with_gradients(f, [*(x.to(dtype) for x in inputs), keep.float().to(wide)], None)
+        return [*rest, dkeep.to(dtype)]          # which arrives in a channel of k, and has no more than its precision
+    assert_as_good(run(dmc_fast.attend, dtype, torch.float32), run(dmc.attend, dtype, torch.float32),
+                   run(dmc.attend, torch.float64, torch.float64))
+
+
 @on_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads,hard", [((4, 4), True), ((4, 4), False), ((8, 2), False)])
 def test_attend_is_as_precise_as_the_plain_computation(dtype, heads, hard):
-    inputs = [x.to(dtype) for x in attend_inputs(0, heads, 130, hard, True, D=64)]      # all start from the same numbers
-    assert_as_good(*(with_gradients(f, inputs, d) for f, d in
-                     ((dmc_fast.attend, dtype), (dmc.attend, dtype), (dmc.attend, torch.float64))))
+    check_attend(heads, 130, hard, dtype, 64)
+
+
+@kernels
+@pytest.mark.parametrize("heads,T,hard,D", [((2, 2), 1, True, 8), ((3, 1), 2, False, 8), ((8, 2), 33, True, 20),
+                                            ((8, 1), 40, False, 16), ((2, 2), 65, False, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attend_kernels(poisoned, heads, T, hard, D, dtype):
+    check_attend(heads, T, hard, dtype, D)
+
+
+@on_cpu
+@pytest.mark.parametrize("kind", ["flash", "cudnn"])
+def test_stock_kernels_of_a_gpu_take_what_they_are_given(kind):
+    """Without a GPU: the arguments fit PyTorch's CUDA operators, and the results have the shapes that the CPU's have."""
+    with FakeTensorMode(), torch.no_grad():
+        q, k, v = (torch.zeros(2, n, 16, 64, device="cuda", dtype=torch.bfloat16) for n in (8, 2, 2))
+        y, lse, tensors, sizes = dmc_fast.flash(kind, q, k, v, 0.125)
+        grads = dmc_fast.flash_backward(kind, y, q, k, v, y, lse, tensors, sizes, 0.125)
+    assert lse.shape == (2, 8, 16) and lse.dtype == torch.float32
+    for result, like in zip((y, *grads), (q, q, k, v), strict=True):
+        assert result.shape == like.shape and result.dtype == like.dtype
 
 
 @on_cpu
@@ -2002,19 +2035,15 @@ def test_accumulate_and_its_gradients(seed, T, window, hard):
         assert (fast - exact).abs().max() <= 1e-12 * max(1, exact.abs().max())
 
 
-def check_accumulate(T, window, hard, dtype, D=8):
+def check_accumulate(T, window, hard, dtype, D=8, G=2, device="cpu"):
     """k, v in `dtype`, as views of (B, T, G, D); decisions and importances in fp32, as the model has them."""
-    k, v, alpha, omega = accumulate_inputs(1, T, hard, G=2, D=D)
+    k, v, alpha, omega = (x.to(device) for x in accumulate_inputs(1, T, hard, G=G, D=D))
     k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
     k, v, alpha, omega = k.to(dtype).double(), v.to(dtype).double(), alpha.float().double(), omega.float().double()
 
     def run(f, dtype, wide):
-        inputs = [x.to(d).requires_grad_() for x, d in zip((k, v, alpha, omega), (dtype, dtype, wide, wide), strict=True)]
-        out = f(*inputs, window)
-        slopes = [torch.randn(out[0].shape, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(2)]
-        slopes = [x.to(torch.bfloat16).to(dtype) for x in slopes]
-        grads = torch.autograd.grad(out, inputs, slopes, allow_unused=True, materialize_grads=True)
-        return [x.detach() for x in (*out, *grads)]
+        inputs = [k.to(dtype), v.to(dtype), alpha.to(wide), omega.to(wide)]
+        return with_gradients(lambda *x: f(*x, window), inputs, None)
     assert_as_good(run(dmc_fast.accumulate, dtype, torch.float32), run(dmc.accumulate, dtype, torch.float32),
                    run(dmc.accumulate, torch.float64, torch.float64))
 
@@ -2234,7 +2263,11 @@ def test_kernels_in_the_interpreter():
 # ------------------------------------------------------------------------------------------------ kernels: compiled for an H100
 
 MODEL = dict(D=128, D_PAD=128, W=12, TILE=32)               # Llama 2 7B; the group of 8 is Llama 2 70B's
+GROUPED = dict(R=1, D=128, D_PAD=128, TILE=16)
 KERNELS = {
+    "mask_kernel": (GROUPED, {}),
+    "restore_kernel": (GROUPED, {}),
+    "mask_gradient_kernel": (GROUPED, {}),
     "average_kernel": (MODEL, {}),
     "share_gradient_kernel": (MODEL, {}),
     "spread_kernel": (MODEL, {}),
@@ -2246,15 +2279,19 @@ KERNELS = {
     "combine_kernel": (dict(R=1, D=128), {}),
 }
 FP32 = {"alpha", "omega", "cos", "sin", "open_omega", "inverse_z", "dshare", "mean_dshare", "dalpha", "domega", "out_lse",
-        "part", "part_lse"}
+        "part", "part_lse", "lse", "keep", "dkeep", "diagonal"}
 INT32 = {"table", "lengths", "ages", "free", "left", "failed", "order"}
 NUMBERS = {"T", "G", "spare", "pages_per_row", "splits"}
+
+
+def is_stride(name):
+    return "stride" in name or name.endswith(("_b", "_h", "_t"))
 
 
 def argument_type(name, constants):
     if name in constants:
         return "constexpr"
-    if name in NUMBERS or "stride" in name:
+    if name in NUMBERS or is_stride(name):
         return "i32"
     return "fp32" if name == "scale" else "*fp32" if name in FP32 else "*i32" if name in INT32 else "*bf16"
 
@@ -2262,6 +2299,7 @@ def argument_type(name, constants):
 @needs_triton
 @on_cpu
 @pytest.mark.parametrize("name,changes", [(name, {}) for name in KERNELS] + [
+    ("mask_kernel", dict(R=8)), ("restore_kernel", dict(R=8)), ("mask_gradient_kernel", dict(R=8)),
     ("step_kernel", dict(R=8)), ("step_kernel", dict(W=1, W_PAD=1, WINDOWED=False)), ("step_kernel", dict(DECIDES=False)),
     ("step_kernel", dict(G=1, spare=1)), ("decode_kernel", dict(splits=1)),              # Triton compiles the number 1 in
     ("decode_kernel", dict(R=8)), ("decode_kernel", dict(D=64, R=4)), ("average_kernel", dict(D=64, D_PAD=64))])
@@ -2273,7 +2311,7 @@ def test_compiles_for_an_h100(name, changes, tmp_path):
     kernel = getattr(dmc_fast, name)
     signature = {n: argument_type(n, constants) for n in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names)
-               if signature[n].startswith("*") or "stride" in n}
+               if signature[n].startswith("*") or is_stride(n)}
     binary = compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", 90, 32), options=options)
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(binary.asm["cubin"])
