@@ -145,7 +145,7 @@ def mask_gradient_kernel(grad, q, k, v, y, lse, keep, diagonal, dq, dk, dv, dkee
                          grad_b, grad_h, grad_t, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, y_b, y_h, y_t,
                          dq_b, dq_h, dq_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
                          R: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr):
-    """The share of what was restored to the diagonal in dq, dk, dv, in place, and keep's gradient, for TILE tokens of one group.
+    """The share in dq, dk, dv, in place, of what the diagonal got back, and keep's gradient, for TILE tokens of one group.
 
     Floor: grad, q, y, k, v read, dq, dk, dv read and written once: 2 D (5 R + 6) bytes per token and key-value head in bf16.
     What a group's query heads give to their key and value is summed in registers.
@@ -158,7 +158,8 @@ def mask_gradient_kernel(grad, q, k, v, y, lse, keep, diagonal, dq, dk, dv, dkee
     key = tl.load(k + b * k_b + g * k_h + at * k_t + d[None, :], mask=inside, other=0).to(tl.float32)
     value = tl.load(v + b * v_b + g * v_h + at * v_t + d[None, :], mask=inside, other=0).to(tl.float32)
     dk_at, dv_at = dk + b * dk_b + g * dk_h + at * dk_t + d[None, :], dv + b * dv_b + g * dv_h + at * dv_t + d[None, :]
-    key_sum, value_sum = tl.load(dk_at, mask=inside, other=0).to(tl.float32), tl.load(dv_at, mask=inside, other=0).to(tl.float32)
+    key_sum = tl.load(dk_at, mask=inside, other=0).to(tl.float32)
+    value_sum = tl.load(dv_at, mask=inside, other=0).to(tl.float32)
     to_keep = tl.sum(tl.where(d[None, :] == 0, key_sum, 0.0), 1) / (8 * scale)
     for r in range(R):
         h, entry = g * R + r, (row * R + r) * T + t
@@ -375,7 +376,7 @@ class BandedAverage(torch.autograd.Function):
 def gathered(x):
     """The transpose of `windows`: (W, B, G, T) -> (B, G, T), at every token the sum of what its windows hold for it."""
     W = x.size(0)
-    x = F.pad(x, (0, W - 1))                                                # so that a row's end is 0 before the next one's start
+    x = F.pad(x, (0, W - 1))                                                # zeros between a row's end and the next one's start
     return x.as_strided(x.shape, (x.stride(0) - 1, *x.stride()[1:])).sum(0)[..., W - 1:]
 
 
@@ -866,7 +867,7 @@ class Cache(dmc.Cache):
         return part
 
     def sort_rows(self):
-        """Longest heads first, in every layer. Any order is correct; this one leaves no processor with a long row at the end."""
+        """Longest heads first, in every layer. Any order is correct; this one leaves no long row for the end."""
         self.order.copy_(self.lengths.flatten(1).argsort(descending=True))
 
     def _take(self, layer, fresh):
@@ -910,26 +911,29 @@ class Cache(dmc.Cache):
 
     def _step(self, layer, q, k, v, alpha, omega):
         self.seen[layer] += 1
-        if self.seen[layer] % 64 == 0 and layer == 0 and self.kernels:
+        if not self.kernels:
+            return self._step_in_operations(layer, q, k, v, alpha, omega)
+        if self.seen[layer] % 64 == 0 and layer == 0:
             self.sort_rows()
-        return (self._step_in_kernels if self.kernels else self._step_in_operations)(layer, q, k, v, alpha, omega)
+        q = self._update_in_kernel(layer, q, k, v, alpha, omega)
+        y = decode(q, self.pool_k, self.pool_v, self.table[layer].flatten(0, 1), self.lengths[layer].flatten(),
+                   self.order[layer], self.splits)
+        return y.view(len(k), -1, 1, k.size(-1))
 
-    def _step_in_kernels(self, layer, q, k, v, alpha, omega):
-        (B, H, _, D), G = q.shape, k.size(1)
+    def _update_in_kernel(self, layer, q, k, v, alpha, omega):
+        """One token of every sequence into its slot. Returns the queries, rotated: (B G, H / G, D)."""
+        (B, H, _, D), G, W = q.shape, k.size(1), self.open_omega.size(-1)
         q, k, v = (x[:, :, 0] if x.stride(-1) == 1 else x[:, :, 0].contiguous() for x in (q, k, v))
         decides = alpha is not None
         alpha, omega = (x.float().contiguous() for x in (alpha, omega)) if decides else (self.open_omega, self.open_omega)
         turned = torch.empty(B * G, H // G, D, device=q.device, dtype=q.dtype)
-        W = self.open_omega.size(-1)
         step_kernel[(B * G,)](q, k, v, alpha, omega, self.cos, self.sin, turned, self.pool_k, self.pool_v, self.table[layer],
                               self.lengths[layer], self.ages[layer], self.open_k[layer], self.open_v[layer],
                               self.open_omega[layer], self.free, self.left, self.failed, len(self.free), G,
                               self.table.size(-1), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
                               R=H // G, HALF=D // 2, W=W, W_PAD=power_of_2(W), PAGE=self.page_size,
                               WINDOWED=self.config.window is not None, DECIDES=decides, CONTROL_GAIN=self.gain, num_warps=1)
-        y = decode(turned, self.pool_k, self.pool_v, self.table[layer].flatten(0, 1), self.lengths[layer].flatten(),
-                   self.order[layer], self.splits)
-        return y.view(B, H, 1, D)
+        return turned
 
     def _step_in_operations(self, layer, q, k, v, alpha, omega):
         """step_kernel and decode_kernel in PyTorch's operations, every head padded to the longest one's pages."""

@@ -125,7 +125,8 @@ def provenance():
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, {torch.get_num_threads()} threads"
     return {"date": time.strftime("%Y-%m-%d"), "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
             "commit": commit, "device": device,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                         "triton": getattr(dmc_fast.triton, "__version__", None)}}
 
 
 # ------------------------------------------------------------------------------------------------ sampling

@@ -4,6 +4,7 @@ The oracles stand first. They are written from the paper's text, token by token,
 with what they check.
 """
 
+import ast
 import codecs
 import contextlib
 import json
@@ -11,12 +12,14 @@ import lzma
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import types
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -1035,11 +1038,12 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def measured():
-    """Figures that tests on SmolLM2 leave; DMC_RESULTS names a JSON file for them."""
+    """Figures that tests leave; DMC_RESULTS names a JSON file for them."""
     figures = {}
     yield figures
     if out := os.environ.get("DMC_RESULTS"):
-        command = f"DMC_SMOLLM2=FOLDER DMC_RESULTS={Path(out).name} python -m pytest test_dmc.py -k smollm2"
+        named = [f"{name}=..." for name in ("DMC_SMOLLM2", "DMC_MEGATRON") if name in os.environ]
+        command = " ".join([*named, f"DMC_RESULTS=results/{Path(out).name} python -m pytest", shlex.join(sys.argv[1:])])
         dmc.write_json(out, {**figures, **generate.provenance(), "command": command})
 
 
@@ -1910,7 +1914,8 @@ def test_smollm2_is_retrofitted(smollm2, smollm2_pair, english, tmp_path, capsys
 # ------------------------------------------------------------------------------------------------ dmc_fast.py
 
 # With TRITON_INTERPRET=1 in the environment the kernels run on the CPU: `test_kernels_in_the_interpreter` starts a process that
-# has it, for the tests marked `kernels` and for those of the cache, which run here too, without kernels. Tolerances are a multiple of the error that dmc.py makes in the same precision.
+# has it, for the tests marked `kernels` and for those of the cache, which run here too, without kernels. Tolerances are a
+# multiple of the error that dmc.py makes in the same precision.
 
 INTERPRETED = dmc_fast.INTERPRETED
 on_cpu = pytest.mark.skipif(INTERPRETED, reason="PyTorch's operations are tested without the interpreter")
@@ -2074,41 +2079,59 @@ def test_whole_segment_kernel(poisoned, T, hard, D):
 
 # ------------------------------------------------------------------------------------------------ kernels: ragged decode
 
+def paged(lengths, page, D, dtype):
+    """Random keys and values of rows with so many slots: pools (pages + 1, page, D) in which no page is where one would expect
+    it and what is not in use is NaN, and the rows' table."""
+    pages, rng = -(-lengths // page), torch.Generator(lengths.device).manual_seed(0)
+    total, nth = int(pages.sum()), torch.arange(int(pages.max()) + 1, device=lengths.device)
+    order = torch.randperm(total, generator=rng, device=lengths.device).int()
+    at = (pages.cumsum(0) - pages)[:, None] + nth
+    table = torch.where(nth < pages[:, None], order[at.clamp(max=total - 1)], total)
+    pools = [torch.randn(total + 1, page, D, generator=rng, device=lengths.device, dtype=dtype) for _ in range(2)]
+    last = table.gather(1, (pages[:, None] - 1).clamp(min=0).long())[:, 0]
+    unused = ((pages - 1) * page)[:, None] + torch.arange(page, device=lengths.device) >= lengths[:, None]
+    for pool in pools:
+        pool[last] = torch.where(unused[..., None], torch.nan, pool[last])
+        pool[total] = torch.nan
+    return *pools, table
+
+
+def check_decode(lengths, R, D, page, splits, dtype):
+    lengths = lengths.int()
+    pool_k, pool_v, table = paged(lengths, page, D, dtype)
+    q = torch.randn(len(lengths), R, D, generator=torch.Generator(lengths.device).manual_seed(1), device=lengths.device)
+    q, used = q.to(dtype), torch.arange(table.size(1) * page, device=q.device) < lengths[:, None]
+    used, plain, exact = used[:, None], [], []
+    for wide, out in ((dtype, plain), (torch.float64, exact)):
+        k, v = (pool[table].flatten(1, 2).to(wide).nan_to_num() for pool in (pool_k, pool_v))
+        scores = (q.to(wide) @ k.mT / D ** 0.5).masked_fill(~used, -torch.inf)
+        out.append(scores.softmax(-1).nan_to_num() @ v)
+    results = [dmc_fast.decode(q, pool_k, pool_v, table, lengths, order.int(), splits)
+               for order in (lengths.argsort(descending=True), torch.arange(len(lengths), device=q.device))]
+    assert_as_good(results[:1], plain, exact)
+    assert torch.equal(*results) and (results[0][lengths == 0] == 0).all()
+
+
 @kernels
 @pytest.mark.parametrize("R,D,page,splits,dtype", [(1, 128, 16, 1, torch.float32), (3, 64, 32, 3, torch.float32),
                                                    (4, 64, 16, 2, torch.float16), (8, 64, 64, 1, torch.float16)])
 def test_ragged_decode_kernel(poisoned, R, D, page, splits, dtype):
     """In fp16 for want of bf16, whose products the interpreter gets wrong."""
-    lengths = torch.tensor([0, 1, page - 1, page, page + 1, 3 * page + 5], dtype=torch.int32)
-    rows, per_row = len(lengths), 5
-    rng = torch.Generator().manual_seed(0)
-    pool_k, pool_v = (torch.full((rows * per_row, page, D), torch.nan, dtype=dtype) for _ in range(2))
-    table = torch.randperm(rows * per_row, generator=rng).int().view(rows, per_row)
-    q = torch.randn(rows, R, D, generator=rng).to(dtype)
-    exact, plain = torch.zeros(rows, R, D, dtype=torch.float64), torch.zeros(rows, R, D, dtype=dtype)
-    for row, n in enumerate(lengths.tolist()):
-        k, v = (torch.randn(n, D, generator=rng).to(dtype) for _ in range(2))
-        for slot in range(n):
-            pool_k[table[row, slot // page], slot % page] = k[slot]
-            pool_v[table[row, slot // page], slot % page] = v[slot]
-        for out in (exact, plain) if n else ():
-            x, y, z = (t.to(out.dtype) for t in (q[row], k, v))
-            out[row] = (x @ y.T / D ** 0.5).softmax(-1) @ z
-    results = [dmc_fast.decode(q, pool_k, pool_v, table, lengths, order.int(), splits)
-               for order in (lengths.argsort(descending=True), torch.arange(rows))]
-    assert_as_good(results[:1], [plain], [exact])
-    assert torch.equal(*results) and (results[0][0] == 0).all()
+    check_decode(torch.tensor([0, 1, page - 1, page, page + 1, 3 * page + 5]), R, D, page, splits, dtype)
 
 
-# ------------------------------------------------------------------------------------------------ the paged cache, with kernels and without
+# ------------------------------------------------------------------------------------------------ the paged cache
 
-def check_cache(heads, window, T, portions, D=8, page_size=16, decides=True, batch=1, merge=0.5):
+def check_cache(heads, window, T, portions, D=8, page_size=16, decides=True, batch=1, merge=0.5, dtype=torch.float32,
+                device="cpu"):
     """The same tokens, in portions, into both caches: outputs, lengths, the open segment, the slots."""
-    config = config_of(heads, window, head_dim=D, dmc=decides, n_layer=2)
-    inputs = [x.float()[:batch] for x in qkv(5, heads, T, D=D, merge=merge)]
-    caches = [dmc.Cache(config, batch), dmc_fast.Cache(config, batch, page_size=page_size),
-              dmc.Cache(config, batch, dtype=torch.float64)]
-    caches[1].free = caches[1].free[torch.randperm(len(caches[1].free), generator=torch.Generator().manual_seed(0))]
+    config = config_of(heads, window, head_dim=D, dmc=decides, n_layer=2, max_seq_len=max(64, T))
+    *inputs, alpha, omega = (x.to(device) for x in qkv(5, heads, T, batch, D, merge))
+    inputs = [*(x.to(dtype) for x in inputs), alpha.float(), omega.float()]
+    caches = [dmc.Cache(config, batch, device, dtype), dmc_fast.Cache(config, batch, device, dtype, page_size),
+              dmc.Cache(config, batch, device, torch.float64)]
+    shuffled = torch.randperm(len(caches[1].free), generator=torch.Generator().manual_seed(0))
+    caches[1].free = caches[1].free[shuffled.to(device)]
     results = []
     for cache in caches:
         mine = [x.double() if cache is caches[2] else x for x in inputs][:None if decides else 3]
@@ -2118,7 +2141,7 @@ def check_cache(heads, window, T, portions, D=8, page_size=16, decides=True, bat
     plain, fast, exact = caches
     assert (plain.lengths == fast.lengths).all() and plain.seen == fast.seen
     assert fast.bytes.used == plain.bytes.used
-    assert fast.compression_ratio == pytest.approx(inputs[3].numel() / plain.lengths.sum())
+    assert fast.compression_ratio == pytest.approx(alpha.numel() / plain.lengths.sum().item())
     assert_as_good(*([c.open_k, c.open_v, c.open_omega] for c in caches))
     return caches
 
@@ -2258,6 +2281,247 @@ def test_kernels_in_the_interpreter():
     run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "kernel", __file__],
                          env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-4000:]
+
+
+# ------------------------------------------------------------------------------------------------ on a GPU: `-k gpu`
+
+# Without a GPU the same tests run at toy size in Triton's interpreter, so that they are ready when there is one.
+GPU = torch.cuda.is_available()
+DEVICE, HALF = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)      # the interpreter gets bf16 products wrong
+on_gpu = pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU")
+on_gpu_or_interpreted = pytest.mark.skipif(not (GPU or INTERPRETED), reason="needs an NVIDIA GPU, or Triton's interpreter")
+full_size = lambda real, toy: real if GPU else toy
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("G,D,window,hard", [(32, 128, 12, False), (32, 128, 12, True), (8, 128, 12, False), (32, 64, 5, False),
+                                             (32, 128, None, True)])
+def test_accumulate_at_full_size_gpu(G, D, window, hard, dtype):
+    check_accumulate(4096, window, hard, dtype, D, G, DEVICE)
+
+
+@on_gpu
+@pytest.mark.parametrize("heads,T,D,hard", [
+    ((32, 32), 2048, 128, False), ((32, 32), 2048, 128, True), ((16, 2), 2048, 128, False), ((8, 1), 4096, 128, False),
+    ((12, 4), 1000, 64, False), ((4, 4), 1, 128, True)])
+def test_attend_at_full_size_gpu(heads, T, D, hard):
+    check_attend(heads, T, hard, torch.bfloat16, D, DEVICE)
+
+
+@on_gpu
+@pytest.mark.parametrize("R,D,page,splits", [(1, 128, 16, 1), (1, 128, 16, 16), (8, 128, 16, 3), (3, 64, 32, 2),
+                                             (4, 64, 64, 1)])
+def test_ragged_decode_at_full_size_gpu(R, D, page, splits):
+    lengths = torch.randint(0, 4096, (250,), generator=torch.Generator().manual_seed(0))
+    lengths[:6] = torch.tensor([0, 1, page - 1, page, page + 1, 4096])
+    check_decode(lengths.to(DEVICE), R, D, page, splits, torch.bfloat16)
+
+
+@on_gpu
+@pytest.mark.parametrize("heads,window,batch,portions,merge", [
+    ((32, 32), 12, 1, [300] + [1] * 40, 0.75), ((32, 32), None, 2, [300] + [1] * 20, 0.5),
+    ((64, 8), 12, 3, [200] + [1] * 20, 0.9), ((32, 32), 12, 250, [40] + [1] * 20, 0.75), ((32, 32), 12, 4, [1] * 40, 0.3)])
+def test_cache_at_full_size_gpu(heads, window, batch, portions, merge):
+    check_cache(heads, window, sum(portions), portions, 128, 16, True, batch, merge, torch.bfloat16, DEVICE)
+
+
+@on_gpu
+@torch.no_grad()
+def test_a_step_is_one_graph_gpu():
+    """No step waits for the GPU, and replays of a captured one give the bits that the step itself gives."""
+    torch.manual_seed(0)
+    config = config_of((8, 2), 12, head_dim=64, dim=256, max_seq_len=256, c=0.0)
+    model = Transformer(config, dmc_fast).to(DEVICE, torch.bfloat16)
+    tokens = torch.randint(0, 29, (4, 60), device=DEVICE)
+    eager, captured = (dmc_fast.Cache(config, 4, DEVICE, torch.bfloat16) for _ in range(2))
+    for cache in (eager, captured):
+        model(tokens[:, :20], cache)
+    token, results = tokens[:, 20:21].clone(), []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for t in range(20, 60):
+            token.copy_(tokens[:, t:t + 1])
+            results.append(model(token, eager)[0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits, _ = model(token, captured)
+    for t in range(20, 60):
+        token.copy_(tokens[:, t:t + 1])
+        graph.replay()
+        assert torch.equal(logits, results[t - 20])
+    assert torch.equal(eager.lengths, captured.lengths) and eager.lengths.sum() < 60 * eager.lengths.numel()
+    captured.check()
+
+
+def seconds(f):
+    """Of one call: on a GPU the median, with its L2 cache flushed before each; elsewhere those of one call."""
+    if GPU:
+        return dmc_fast.triton.testing.do_bench(f, warmup=50, rep=300, return_mode="median") / 1e3
+    began = time.perf_counter()
+    f()
+    return time.perf_counter() - began
+
+
+@pytest.fixture(scope="session")
+def note(measured):
+    """Takes down a figure, and the bar it is held against, without judging: what falls short is for a person to explain."""
+    def noted(name, value, bar=None):
+        measured[name] = value if bar is None else {"measured": value, "bar": bar}
+        print(f"\n{name:90} {value:10.4g}" + ("" if bar is None else f"   bar {bar}"), end="")
+    return noted
+
+
+@pytest.fixture(scope="session")
+def copying(note):
+    """Bytes per second, read and written, of copying a tensor that no cache holds."""
+    x, y = (torch.randn(full_size(2 ** 30, 2 ** 16), device=DEVICE) for _ in range(2))
+    speed = 2 * x.nbytes / seconds(lambda: y.copy_(x))
+    note("copy bandwidth, TB/s", speed / 1e12)
+    return speed
+
+
+def poolsum():
+    """The authors' pooling, from their file that DMC_MEGATRON names; None without."""
+    if "DMC_MEGATRON" not in os.environ:
+        return None
+    source, names = Path(os.environ["DMC_MEGATRON"]).read_text(), {"torch": torch, "F": F}
+    code = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "_poolsum")
+    exec("@torch.compile\n" + ast.get_source_segment(source, code), names)
+    return names["_poolsum"]
+
+
+@on_gpu_or_interpreted
+def test_speed_of_accumulate_kernels_gpu(copying, note):
+    B, G, T, D = full_size((8, 32, 4096, 128), (1, 2, 40, 16))
+    torch.manual_seed(0)
+    k, v = (torch.randn(B, T, G, D, device=DEVICE, dtype=HALF).transpose(1, 2).requires_grad_() for _ in range(2))
+    alpha = torch.sigmoid(torch.randn(B, G, T, device=DEVICE) * 20).requires_grad_()
+    omega = torch.rand(B, G, T, device=DEVICE).requires_grad_()
+    slopes, size = [torch.randn_like(k) for _ in range(2)], k.nbytes
+    forward = lambda: dmc_fast.accumulate(k, v, alpha, omega, 12)
+    both_ways = lambda: torch.autograd.grad(forward(), (k, v, alpha, omega), slopes)
+    times = {"forward": seconds(forward), "forward and backward": seconds(both_ways)}
+    for (name, t), passes in zip(times.items(), (4, 10), strict=True):       # forward k, v, k~, v~; backward reads 4, writes 2
+        note(f"accumulate {name}: share of copy bandwidth", passes * size / t / copying, 0.75)
+    with torch.no_grad():
+        note("accumulate without a window: share of copy bandwidth",
+             4 * size / seconds(lambda: dmc_fast.accumulate(k, v, alpha, omega)) / copying)
+    if pool := poolsum():
+        k32, v32, b, w = (x.detach().float().flatten(0, 1).contiguous().requires_grad_() for x in (k, v, alpha[..., 1:], omega))
+        s32 = [x.float().flatten(0, 1) for x in slopes]
+        theirs = lambda: (pool(k32, b, w), pool(v32, b, w))
+        note("accumulate forward: the authors' time / ours", seconds(theirs) / times["forward"], 5)
+        note("accumulate forward and backward: the authors' time / ours",
+             seconds(lambda: torch.autograd.grad(theirs(), (k32, v32, b, w), s32)) / times["forward and backward"], 5)
+
+
+@on_gpu_or_interpreted
+@pytest.mark.parametrize("H,G", [(32, 32), (64, 8)])
+def test_speed_of_attend_kernels_gpu(note, H, G):
+    (B, T, D), (H, G) = full_size((2, 4096, 128), (1, 33, 16)), full_size((H, G), (H // 16, max(1, G // 16)))
+    q, k, v = (torch.randn(B, T, n, D, device=DEVICE, dtype=HALF).transpose(1, 2) for n in (H, G, G))
+    q[..., 0] = k[..., 0] = 0
+    keep = F.logsigmoid(torch.randn(B, G, T, device=DEVICE) * 20)
+    inputs, slope = [x.requires_grad_() for x in (q, k, v, keep)], torch.randn_like(q)
+    times = [(seconds(f), seconds(lambda f=f, n=n: torch.autograd.grad(f(), inputs[:n], slope))) for f, n in (
+        (lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != G), 3),
+        (lambda: dmc_fast.attend(q, k, v, keep), 4))]
+    name = f"attend, {H} heads over {G}, T {T}, by {dmc_fast.stock(q, k, v)}"
+    note(f"{name}: forward, in plain attention's time", times[1][0] / times[0][0])
+    note(f"{name}: forward and backward, in plain attention's time", times[1][1] / times[0][1], 1.15)
+
+
+def flashinfer_decode(q, pools, lengths, table):
+    """FlashInfer's paged decode over the same pages, as a function of nothing; None without the library."""
+    try:
+        from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+    except ImportError:
+        return None
+    R, D, page, pages = *q.shape[1:], pools[0].size(1), -(-lengths // pools[0].size(1))
+    starts = F.pad(pages.cumsum(0), (1, 0)).int()
+    names = table[torch.arange(table.size(1), device=q.device) < pages[:, None]]
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(torch.empty(2 ** 27, dtype=torch.uint8, device=q.device), "NHD")
+    wrapper.plan(starts, names, ((lengths - 1) % page + 1).int(), R, 1, D, page, q_data_type=q.dtype, kv_data_type=q.dtype)
+    return lambda: wrapper.run(q, tuple(pool[:, :, None] for pool in pools))
+
+
+@on_gpu_or_interpreted
+@pytest.mark.parametrize("cr,batch", [(1, 31), (4, 125), (8, 251)])
+def test_speed_of_a_decode_step_kernels_gpu(copying, note, cr, batch):
+    """One layer of Llama 2 7B at the largest batch: 3,584 tokens per sequence, each head with a CR of its own."""
+    batch, G, tokens, D = full_size((batch, 32, 3584, 128), (2, 2, 40, 16))
+    rng = torch.Generator().manual_seed(0)
+    part = (torch.randn(G, generator=rng) * 0.7 * (cr > 1)).exp()
+    lengths = (tokens * (part / part.mean() / cr).clamp(max=1)).int().repeat(batch).clamp(min=1).to(DEVICE)
+    *pools, table = paged(lengths, 16, D, HALF)
+    q = torch.randn(len(lengths), 1, D, device=DEVICE, dtype=HALF)
+    order = lengths.argsort(descending=True).int()
+    decode = partial(dmc_fast.decode, q, *pools, table, lengths, order, 1)
+    attention = seconds(decode)
+    name, size = f"decode at CR {cr}, batch {batch}", 2 * int(lengths.sum()) * D * q.element_size()
+    note(f"{name}: share of copy bandwidth", size / attention / copying, 0.88)
+    if peer := flashinfer_decode(q, pools, lengths, table):
+        assert (peer().float() - decode().float()).abs().max() < 0.02
+        note(f"{name}: FlashInfer's time / ours", seconds(peer) / attention, 1)
+    config = config_of((G, G), 12, head_dim=D, n_layer=1, max_seq_len=full_size(65536, 64))
+    cache = dmc_fast.Cache(config, batch, DEVICE, HALF, pages=2 * batch * G)
+    token = torch.randn(batch, G, 1, D, device=DEVICE, dtype=HALF)
+    merge, weight = (torch.ones(batch, G, 1, device=DEVICE) for _ in range(2))
+    timer = dmc_fast.triton.testing.do_bench_cudagraph if GPU else lambda f: 1e3 * seconds(f)
+    update = timer(lambda: cache._update_in_kernel(0, token, token, token, merge, weight)) / 1e3
+    note(f"{name}: cache update, in the attention's time", update / attention, 0.05)
+
+
+@on_gpu
+@torch.no_grad()
+def test_speed_of_prefill_gpu(note):
+    """2,048 tokens of 8 sequences into the caches of 4 layers of Llama 2 7B, with decisions and without."""
+    models = [generate.random_model("llama2-7b", dmc_fast, DEVICE, n_layer=4, dmc=decides, c=0.0) for decides in (True, False)]
+    tokens = torch.randint(0, 32000, (8, 2048), device=DEVICE)
+    times = [seconds(lambda m=m: m(tokens, m.Cache(m.config, 8, DEVICE, HALF), last=True)) for m in models]
+    note("prefill of 2,048 tokens, in the uncompressed model's time", times[0] / times[1], 1.1)
+
+
+@on_cpu
+@pytest.mark.skipif(GPU, reason="is about machines without a GPU")
+def test_speed_without_a_gpu(note):
+    """dmc_fast.py on a CPU. One round unless DMC_RESULTS asks for figures, which are the best of many."""
+    rounds = 40 if "DMC_RESULTS" in os.environ else 1
+
+    def compare(candidates):
+        best = dict.fromkeys(candidates, math.inf)
+        for _ in range(rounds):                                  # in turns, because the machine's speed drifts
+            for name, f in candidates.items():
+                best[name] = min(best[name], seconds(f))
+        return best
+
+    T, D = 1024, 64
+    for H, G in ((8, 8), (8, 2)):
+        q, k, v, keep = attend_inputs(0, (H, G), T, False, True, D)
+        inputs, slope = [x[:1].float().requires_grad_() for x in (q, k, v, keep)], torch.ones(1, H, T, D)
+        best = compare({name: lambda f=f, x=inputs[:n], slope=slope: torch.autograd.grad(f(*x), x, slope)
+                        for name, f, n in (("plain", dmc.attend, 3), ("mask", dmc.attend, 4), ("fast", dmc_fast.attend, 4))})
+        name = f"attend on the CPU, {H} heads over {G}, T {T}, forward and backward"
+        note(f"{name}, in plain attention's time", best["fast"] / best["plain"], 1.2)
+        note(f"{name}, in plain attention's time, with an explicit mask", best["mask"] / best["plain"])
+    inputs = [x[:1].float().requires_grad_() for x in accumulate_inputs(0, T, False, 8, D)]
+    best = compare({ops.__name__: lambda ops=ops: torch.autograd.grad(ops.accumulate(*inputs, 12), inputs, [slope, slope])
+                    for ops in (dmc, dmc_fast)})
+    note("accumulate on the CPU, 8 heads, T 1024, forward and backward: dmc.py's time / dmc_fast.py's",
+         best["dmc"] / best["dmc_fast"])
+    s = train.Settings()
+    retrofit = next(phase for phase in train.plan(s) if phase.name == "retrofit")
+    pretrain, x, steps = train.plan(s)[0], torch.randint(0, 256, (s.batch, s.context)), {}
+    for name, ops, phase in (("plain", dmc_fast, pretrain), ("reference", dmc, retrofit), ("fast", dmc_fast, retrofit)):
+        model = Transformer(train.replace(s.small_config(), **s.method(phase.dmc)), ops)
+        steps[name] = partial(train.train_step, model, train.new_optimizer(model, s), phase, 20, x, x, s)
+    best = compare(steps)
+    note("a DMC step of the laptop run, in a plain step's time, with dmc.py", best["reference"] / best["plain"])
+    note("a DMC step of the laptop run, in a plain step's time, with dmc_fast.py", best["fast"] / best["plain"])
+    note("a DMC step of the laptop run: dmc.py's time / dmc_fast.py's", best["reference"] / best["fast"])
 
 
 # ------------------------------------------------------------------------------------------------ kernels: compiled for an H100
