@@ -3,11 +3,14 @@
     python generate.py                                 the newest run's most compressed model continues a prompt
     python generate.py --ckpt runs/1/cr2 --prompt "import os"
     python generate.py --show-merges 0.0               the prompt, cut into the segments that layer 0, head 0 merged
+    python generate.py --show-merges merges.html       a web page with the segments of every layer and head, and their CR
     python generate.py --cache full                    the same weights, every token kept
 """
 
 import argparse
+import base64
 import codecs
+import json
 import os
 import platform
 import re
@@ -26,7 +29,7 @@ import torch
 
 import dmc
 import dmc_fast
-from dmc import Config, InputError, Tokenizer, Transformer, one_line, read_json, weight_files
+from dmc import Config, InputError, Tokenizer, Transformer, one_line, read_json, weight_files, write_atomically
 
 OPS = {"fast": dmc_fast, "reference": dmc}
 PROMPT = "import os\nimport sys\n\ndef "
@@ -190,31 +193,144 @@ def full_cache_note(model, facts):
 
 
 @torch.no_grad()
+def decisions(model, ids):
+    """alpha (L, G, T) of the token ids: 1 where a head merged, 0 where it appended. Texts longer than the model's positions
+    are taken in pieces of that length, each of which starts anew."""
+    device, size = next(model.parameters()).device, model.config.max_seq_len
+    pieces = [model(torch.tensor([ids[i:i + size]], device=device), last=True)[1] for i in range(0, len(ids), size)]
+    return torch.cat(pieces, dim=-1)[:, 0].cpu()
+
+
 def merged_segments(model, ids, layer, head):
-    """The token ids cut where one head appended: a list of lists. Texts longer than the model's positions are taken in
-    pieces of that length, each of which starts anew."""
-    device, segments = next(model.parameters()).device, []
-    for start in range(0, len(ids), model.config.max_seq_len):
-        piece = ids[start:start + model.config.max_seq_len]
-        _, alpha = model(torch.tensor([piece], device=device))
-        for token, merge in zip(piece, alpha[layer, 0, head].tolist(), strict=True):
-            if merge:
-                segments[-1].append(token)
-            else:
-                segments.append([token])
+    """The token ids cut where one head appended: a list of lists."""
+    segments = []
+    for token, merge in zip(ids, decisions(model, ids)[layer, head].tolist(), strict=True):
+        if merge:
+            segments[-1].append(token)
+        else:
+            segments.append([token])
     return segments
 
 
-def show_segments(segments, tokenizer, colour):
-    """The segments as text: in changing colours, or with | between them. A character whose bytes fall into several
-    segments is shown in the one that completes it."""
+def spell(segments, tokenizer):
+    """The text of each segment. A character whose bytes fall into several is in the one that completes it."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     texts = [decoder.decode(tokenizer.token_bytes(segment)) for segment in segments]
     texts[-1] += decoder.decode(b"", final=True)
+    return texts
+
+
+def show_segments(segments, tokenizer, colour):
+    """The segments as text: in changing colours, or with | between them."""
+    texts = spell(segments, tokenizer)
     if not colour:
         return "|".join(texts)
     shades = [SEGMENT_COLOURS[i % len(SEGMENT_COLOURS)] for i in range(len(texts))]
     return "".join(shade + text.replace("\n", f"{RESET}\n{shade}") + RESET for shade, text in zip(shades, texts, strict=True))
+
+
+def merges_page(model, ids, tokenizer, name):
+    """An HTML page, as text: the segments of every layer and head, and a map of their CR. It needs nothing besides itself."""
+    merges = decisions(model, ids).bool().numpy()
+    data = {"model": str(name), "layers": merges.shape[0], "heads": merges.shape[1], "positions": model.config.max_seq_len,
+            "tokens": spell([[i] for i in ids], tokenizer),
+            "merges": base64.b64encode(np.packbits(merges, axis=-1)).decode()}       # each head's bits fill whole bytes
+    return PAGE.replace("DATA", json.dumps(data).replace("<", "\\u003c"))            # no text can end its script element
+
+
+# ------------------------------------------------------------------------------------------------ the page of --show-merges
+
+PAGE = r"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Which tokens each head merged</title><style>
+:root { color-scheme: light dark; --quiet: light-dark(#636a72, #949ca5); --mark: light-dark(#d4480b, #ff9a4d);
+  --odd: light-dark(#d5e4f5, #1d3d60); --even: light-dark(#f6e6c3, #4b3b16);             /* neighbouring segments */
+  --low: light-dark(#e6edf5, #262c33); --high: light-dark(#0b3870, #a6d0ff) }            /* the ends of the scale of CR */
+body { margin: 2rem auto; padding: 0 2rem; max-width: 95rem; font: 14px/1.5 system-ui, sans-serif; print-color-adjust: exact }
+h1 { margin: 0; font-size: 1.4rem } p { margin: .3rem 0; max-width: 52rem } select { font: inherit }
+#about, output, th, #legend { color: var(--quiet); font-weight: normal } #map, #legend { font-size: 11px }
+main { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: 2.5rem; align-items: start; margin-top: 1rem }
+aside { position: sticky; top: 0; max-height: 100vh; overflow: auto; padding-right: .25rem }
+nav { position: sticky; top: 0; display: flex; flex-wrap: wrap; gap: 0 1.5rem; background: Canvas }
+nav, thead { line-height: 2.2; border-bottom: 1px solid color-mix(in srgb, var(--quiet) 40%, Canvas) }
+output { display: block; flex: 1 19rem; contain: inline-size; overflow: hidden; white-space: nowrap }    /* moves nothing */
+#facts { border-collapse: collapse; margin-bottom: 1rem; width: 100%; min-width: min(24rem, 80vw); font-variant-numeric: tabular-nums }
+#facts * { padding: 0; text-align: left } #facts :is(th, td) + * { padding-left: 1.5rem; text-align: right }
+#map td, b { background: color-mix(in oklab, var(--high) calc(var(--share) * 100%), var(--low)) }
+#legend { display: flex; gap: 1px; text-align: center } b { display: block; width: 2.2rem; height: .7rem; margin-bottom: .3rem }
+#map { border-spacing: 1px; --width: clamp(8px, 33vw / var(--heads), 28px) }
+#map td { padding: 0; min-width: var(--width); height: clamp(8px, 44vh / var(--layers), var(--width)); cursor: pointer }
+#map th { padding: 0 .2rem 0 0; line-height: 0; text-align: right } #map th + th { padding: .6rem 0; text-align: center }
+[aria-selected=true], #text span:focus { outline: 2px solid var(--mark) } #map :focus-visible { outline-width: 4px }
+#text { padding: .7rem 0; font: 13px/1.75 ui-monospace, monospace; white-space: break-spaces; overflow-wrap: anywhere }
+#text span { padding: .2em 0; border-radius: 2px; background: var(--odd) } #text > :nth-child(even) { background: var(--even) }
+#text span:hover { outline: 1px solid } #text .piece { border-left: 3px solid var(--mark) }
+#text span:empty::before { content: "·" } i::before { content: "↵"; font-style: normal; opacity: .4 }
+@media (max-width: 40rem) { main { grid-template-columns: minmax(0, 1fr) } aside { position: static } }
+</style><h1>Which tokens each head merged</h1>
+<p>Each coloured stretch of the text is one slot in the cache of the chosen head: its tokens were merged into one key and one
+value, and the compression ratio, CR, is the number of tokens per slot.
+<p id="about"><noscript>This page needs JavaScript.</noscript>
+<main><aside><table id="facts"><thead><tr><th><th>slots<th>without DMC<th>CR<tbody></table>
+CR of each layer (row) and head (column) <div id="legend"></div>
+<output id="cell">Click a cell, or use the arrow keys on it.</output>
+<table id="map" role="grid" aria-label="CR of each layer and head"></table></aside>
+<section><nav><span>Layer <select id="layer"></select> head <select id="head"></select></span>
+<output id="slot">Point at a stretch for its slot.</output></nav> <div id="text"></div></section></main>
+<script type="application/json" id="data">DATA</script><script>
+const $ = id => document.getElementById(id), map = $("map"), text = $("text"), data = JSON.parse($("data").textContent);
+const {model, layers, heads, positions, tokens} = data, T = tokens.length, bits = atob(data.merges);
+const upTo = n => [...Array(n).keys()], sum = list => list.reduce((a, b) => a + b, 0);
+const merged = (l, h, t) => bits.charCodeAt((l * heads + h) * Math.ceil(T / 8) + (t >> 3)) >> (7 - t % 8) & 1;
+const starts = (l, h) => upTo(T).filter(t => !merged(l, h, t));            // the token with which each slot begins
+const slots = upTo(layers).map(l => upTo(heads).map(h => starts(l, h).length));
+const add = (parent, tag, properties) => parent.appendChild(Object.assign(document.createElement(tag), properties));
+const count = (n, what) => n.toLocaleString("en") + (what ? ` ${what}${n == 1 ? "" : "s"}` : "");
+const shade = (cell, cr) => cell.style.setProperty("--share", Math.min(1, Math.log2(cr) / 5));       // CR 1 to 32
+const within = (i, n) => Math.max(0, Math.min(n - 1, i || 0)); let layer = 0, head = 0;
+function select(l, h) {
+  const mark = on => Object.assign(map.rows[layer + 1].cells[head + 1], {ariaSelected: on, tabIndex: on - 1});
+  mark(false); text.replaceChildren();
+  $("layer").value = layer = within(l, layers), $("head").value = head = within(h, heads);
+  const fact = (name, used, full) => `<tr><td>${name}<td>${count(used)}<td>${count(full)}<td>${(full / used).toFixed(2)}`;
+  $("facts").tBodies[0].innerHTML = fact("whole model", sum(slots.flat()), layers * heads * T) +
+    fact(`layer ${layer}`, sum(slots[layer]), heads * T) + fact(`layer ${layer}, head ${head}`, slots[layer][head], T);
+  starts(layer, head).forEach((t, number, all) => {
+    const end = all[number + 1] ?? T, spelled = tokens.slice(t, end).join(""), note = spelled ? "" : ", no whole character";
+    const info = `Slot ${number}: ${count(end - t, "token")}, position${end - t > 1 ? `s ${t} to ${end - 1}` : ` ${t}`}${note}`;
+    const span = add(text, "span", {number, info, tabIndex: t ? -1 : 0, className: t && t % positions == 0 ? "piece" : ""});
+    spelled.split("\n").forEach((line, i) => { if (i) add(span, "i", {textContent: "\n"}); span.append(line) });
+  });
+  return mark(true);
+}
+$("about").textContent = `Model ${model}, ${count(layers, "layer")} of ${count(heads, "head")}; ${count(T, "token")}. ` +
+  "Layers, heads, slots and positions count from 0." + (T <= positions ? "" :
+  ` An orange bar marks where the model's ${positions} positions end, and it starts anew with an empty cache.`);
+document.title += `: ${model}`; map.style = `--layers: ${layers}; --heads: ${heads}`;
+const label = (row, i, n) => add(row, "th", {textContent: i % (n > 16 ? 4 : 1) ? "" : i}), first = map.insertRow();
+for (const h of ["", ...upTo(heads)]) label(first, h, heads);
+for (const l of upTo(layers)) {
+  const row = map.insertRow();
+  label(row, l, layers);
+  slots[l].forEach((n, h) => {
+    const info = `Layer ${l}, head ${h}: ${count(n, "slot")}, CR ${(T / n).toFixed(2)}`;
+    shade(add(row, "td", {info, ariaLabel: info, tabIndex: -1, onclick: () => select(l, h)}), T / n);
+  });
+}
+for (const cr of ["1", "2", "4", "8", "16", "32+"]) shade(add(add($("legend"), "span", {textContent: cr}), "b"), parseInt(cr));
+for (const [id, n] of [["layer", layers], ["head", heads]]) for (const i of upTo(n)) add($(id), "option", {textContent: i});
+$("layer").onchange = $("head").onchange = () => select(+$("layer").value, +$("head").value);
+for (const [box, out, hint = out.textContent] of [[map, $("cell")], [text, $("slot")]])
+  for (const type of ["mouseover", "focusin", "mouseleave", "focusout"]) box.addEventListener(type, e => out.textContent =
+    (/over|in/.test(type) ? e.target : box.querySelector(":focus") ?? box).closest("[tabindex]")?.info ?? hint);
+onkeydown = e => {
+  const down = (e.key == "ArrowDown") - (e.key == "ArrowUp"), right = (e.key == "ArrowRight") - (e.key == "ArrowLeft");
+  if (e.altKey || e.ctrlKey || e.metaKey || !down && !right) return;
+  if (map.contains(e.target)) { e.preventDefault(); select(layer + down, head + right).focus() }
+  if (right && text.contains(e.target)) text.children[e.target.number + right]?.focus();
+};
+(onhashchange = () => select(...(location.hash.match(/\d+/g) ?? []).map(Number)))();          // page.html#LAYER.HEAD
+</script>
+"""
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -254,18 +370,24 @@ def parse(argv):
     parser.add_argument("--seed", type=number(0, kind=int), default=0, help="of the sampling [0]")
     parser.add_argument("--cache", choices=["dmc", "full"], default="dmc", help="full: keep every token, merge nothing [dmc]")
     parser.add_argument("--ops", choices=OPS, default="fast", help="kernels and pages, or the plain functions of dmc.py [fast]")
-    parser.add_argument("--show-merges", metavar="LAYER.HEAD", help="print the prompt cut into one head's segments, and stop")
+    parser.add_argument("--show-merges", metavar="LAYER.HEAD|PAGE.html",
+                        help="print the prompt cut into one head's segments, or write a web page with all heads', and stop")
     return parser.parse_args(argv)
 
 
-def show_merges(args, model, tokenizer, prompt):
+def show_merges(args, model, tokenizer, prompt, name):
     if not model.config.dmc:
         raise InputError("this is a plain model, whose heads merge nothing; choose a checkpoint such as runs/1/cr4.")
+    if args.show_merges.endswith(".html"):
+        page = merges_page(model, prompt, tokenizer, name)
+        write_atomically(args.show_merges, lambda f: f.write_text(page, encoding="utf-8"))
+        print(f"The segments of {len(prompt)} tokens in every layer and head are in {args.show_merges}; open it in a browser.")
+        return
     layers, heads = model.config.n_layer, model.config.n_kv_head
     layer, _, head = args.show_merges.partition(".")
     if not (layer.isdecimal() and head.isdecimal() and int(layer) < layers and int(head) < heads):
         raise InputError(f"--show-merges {args.show_merges} names no head; give LAYER.HEAD, "
-                         f"from 0.0 to {layers - 1}.{heads - 1}.")
+                         f"from 0.0 to {layers - 1}.{heads - 1}, or PAGE.html.")
     segments = merged_segments(model, prompt, int(layer), int(head))
     print(f"layer {layer}, head {head}: {len(prompt)} tokens in {len(segments)} slots, CR {len(prompt) / len(segments):.2f}\n")
     print(show_segments(segments, tokenizer, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
@@ -308,7 +430,7 @@ def run(args):
         raise InputError("the prompt is empty; give at least one character.")
     print(f"{name}\n")
     if args.show_merges:
-        show_merges(args, model, tokenizer, prompt)
+        show_merges(args, model, tokenizer, prompt, name)
     else:
         stream_samples(args, model, tokenizer, prompt, facts)
 

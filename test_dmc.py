@@ -5,8 +5,10 @@ with what they check.
 """
 
 import ast
+import base64
 import codecs
 import contextlib
+import html
 import json
 import lzma
 import math
@@ -27,7 +29,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -923,6 +925,85 @@ def test_generate_command(finished, capsys):
     assert generate.main(["--ckpt", str(finished / "cr2"), "--prompt", "3 times 4", "--show-merges", "0.0"]) == 0
     shown = capsys.readouterr().out
     assert "layer 0, head 0: 9 tokens" in shown and shown.splitlines()[-1].replace("|", "") == "3 times 4"
+
+
+PAGE_DATA = re.compile(r'(?<=<script type="application/json" id="data">).*?(?=</script>)', re.DOTALL)
+HOSTILE = "naïve </script><!-- & &amp; <b>'\"`${x}\\u003c DATA 🙂\r\n\n\t|\0\u2028end"
+
+
+def page_segments(page):
+    """What the data of a page of --show-merges says: the texts of the segments, by (layer, head)."""
+    data = json.loads(PAGE_DATA.search(page)[0])
+    L, G, T = data["layers"], data["heads"], len(data["tokens"])
+    merges = np.frombuffer(base64.b64decode(data["merges"]), np.uint8).reshape(L, G, -1)
+    segments = {}
+    for layer in range(L):
+        for head in range(G):
+            cuts = [t for t in range(T) if not merges[layer, head, t // 8] >> (7 - t % 8) & 1] + [T]
+            segments[layer, head] = ["".join(data["tokens"][i:j]) for i, j in zip(cuts, cuts[1:], strict=False)]
+    return segments
+
+
+@given(st.text(min_size=1, max_size=12), st.integers(0, 5))
+@example(HOSTILE, 0)
+@settings(max_examples=8)
+def test_merges_page_holds_the_segments_of_every_head(text, seed):
+    """Its data spell the text in as many segments as the cache has slots, those of merged_segments, and stay data. Its tokens
+    are bytes, so it takes the model's name to hold </script> in one piece."""
+    model, tokenizer = model_of(seed, (4, 2), vocab_size=257, max_seq_len=16), dmc.Tokenizer.bytes()
+    ids = tokenizer.encode(text)
+    page = generate.merges_page(model, ids, tokenizer, HOSTILE)
+    assert PAGE_DATA.sub("DATA", page) == generate.PAGE
+    slots = 0
+    for start in range(0, len(ids), 16):
+        cache = Cache(model.config, 1, dtype=torch.float64)
+        model(torch.tensor([ids[start:start + 16]]), cache)
+        slots = slots + cache.lengths[:, 0]
+    for (layer, head), texts in page_segments(page).items():
+        segments = generate.merged_segments(model, ids, layer, head)
+        assert "".join(texts) == text and len(texts) == slots[layer, head]
+        assert "|".join(texts) == generate.show_segments(segments, tokenizer, colour=False)
+
+
+def test_merges_page_command(finished, messy_folder, capsys):
+    arguments = ["--ckpt", str(finished / "cr2"), "--prompt", HOSTILE, "--show-merges"]
+    for name in ("page.html", "folder/again.html"):
+        assert generate.main([*arguments, name]) == 0 and name in capsys.readouterr().out
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert page == Path("folder/again.html").read_text(encoding="utf-8")
+    assert "".join(page_segments(page)[0, 0]) == HOSTILE and json.loads(PAGE_DATA.search(page)[0])["positions"] == 16
+    Path("occupied.html").mkdir()
+    for name in ("occupied.html", "short/page.html"):
+        assert f"{name} cannot be written" in refusal(generate.main, [*arguments, name], capsys, messy_folder)
+    plain = ["--ckpt", str(finished / "control"), "--show-merges", "page.html"]
+    assert "plain model" in refusal(generate.main, plain, capsys, messy_folder)
+
+
+def test_merges_page_in_a_browser(tmp_path):
+    """Headless: the segments that the page shows are those of the head that its address, a click and an arrow key choose."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("there is no chromium or google-chrome to load the page with")
+    model, tokenizer = model_of(1, (4, 2), vocab_size=257, max_seq_len=16), dmc.Tokenizer.bytes()
+    text = HOSTILE.replace("\r", "").replace("\0", "")          # which no HTML can hold when it is printed again
+    page = generate.merges_page(model, tokenizer.encode(text), tokenizer, HOSTILE)
+    act = """<script>
+        document.body.append(text.cloneNode(true), $("facts").cloneNode(true));
+        map.rows[1].cells[2].click();
+        map.rows[1].cells[2].dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowDown", bubbles: true}));
+        </script>"""
+    (tmp_path / "page.html").write_text(page + act, encoding="utf-8")
+    quiet = [f"--{flag}" for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
+                                      "disable-background-networking", "disable-component-update")]
+    dom = subprocess.run([browser, *quiet, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+                          f"{(tmp_path / 'page.html').as_uri()}#1.0"], capture_output=True, timeout=60).stdout.decode()
+    shown = re.findall(r'<div id="text">(.*?)</div>', dom, re.DOTALL)
+    facts = re.findall(r'<table id="facts">(.*?)</table>', dom, re.DOTALL)
+    expected = page_segments(page)
+    for spans, table, head in zip(shown, facts, ((1, 1), (1, 0)), strict=True):             # after acting, before
+        texts = [html.unescape(re.sub("<.*?>", "", span)) for span in re.findall("<span.*?>(.*?)</span>", spans, re.DOTALL)]
+        assert texts == expected[head] and len(texts) > 2
+        assert f"layer {head[0]}, head {head[1]}</td><td>{len(texts)}</td><td>{len(tokenizer.encode(text))}</td>" in table
 
 
 # ------------------------------------------------------------------------------------------------ bad input
