@@ -249,11 +249,11 @@ body { margin: 2rem auto; padding: 0 2rem; max-width: 95rem; font: 14px/1.5 syst
 h1 { margin: 0; font-size: 1.4rem } p { margin: .3rem 0; max-width: 52rem } select { font: inherit }
 #about, output, th, #legend { color: var(--quiet); font-weight: normal } #map, #legend { font-size: 11px }
 main { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: 2.5rem; align-items: start; margin-top: 1rem }
-aside { position: sticky; top: 0; max-height: 100vh; overflow: auto; padding-right: .25rem }
+aside { position: sticky; top: 0; max-height: 100vh; overflow: auto; padding-right: .25rem; font-variant-numeric: tabular-nums }
 nav { position: sticky; top: 0; display: flex; flex-wrap: wrap; gap: 0 1.5rem; background: Canvas }
 nav, thead { line-height: 2.2; border-bottom: 1px solid color-mix(in srgb, var(--quiet) 40%, Canvas) }
 output { display: block; flex: 1 19rem; contain: inline-size; overflow: hidden; white-space: nowrap }    /* moves nothing */
-#facts { border-collapse: collapse; margin-bottom: 1rem; width: 100%; min-width: min(24rem, 80vw); font-variant-numeric: tabular-nums }
+#facts { border-collapse: collapse; margin-bottom: 1rem; width: 100%; min-width: min(24rem, 80vw) }
 #facts * { padding: 0; text-align: left } #facts :is(th, td) + * { padding-left: 1.5rem; text-align: right }
 #map td, b { background: color-mix(in oklab, var(--high) calc(var(--share) * 100%), var(--low)) }
 #legend { display: flex; gap: 1px; text-align: center } b { display: block; width: 2.2rem; height: .7rem; margin-bottom: .3rem }
