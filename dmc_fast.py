@@ -843,13 +843,19 @@ class Cache(dmc.Cache):
                                  "or shorter texts.")
 
     def release(self, rows):
-        """The sequences `rows` (a list of numbers, or a slice) are finished: their pages are free again, in all layers."""
+        """The sequences `rows` (a list of numbers, or a slice) are finished: their pages are free again, in all layers.
+
+        Does not wait for a GPU if `rows` is a slice.
+        """
         owned = -(-self.lengths[:, rows] // self.page_size)[..., None]
-        pages = self.table[:, rows][torch.arange(self.table.size(-1), device=owned.device) < owned]
-        pages = pages[pages < len(self.free)]                    # all but the spare one
-        left = self.left.clamp(min=0)
-        self.free[left + torch.arange(len(pages), device=left.device)] = pages
-        self.left.copy_(left + len(pages))
+        owned = (torch.arange(self.table.size(-1), device=owned.device) < owned).flatten()
+        pages, total, left = self.table[:, rows].flatten(), len(self.free), self.left.clamp(min=0)
+        owned &= pages < total                                   # all but the spare one
+        pages = pages[owned.to(torch.uint8).argsort(descending=True, stable=True)[:total]]     # those that it owns come first
+        i = torch.arange(len(pages), device=left.device)
+        at, freed = (left + i) % total, owned.sum()
+        self.free[at] = torch.where(i < freed, pages, self.free[at])
+        self.left.copy_(left + freed)
         self.lengths[:, rows], self.ages[:, rows] = 0, -1
 
     def admit(self, rows):
@@ -864,6 +870,7 @@ class Cache(dmc.Cache):
         B, G = part.lengths.shape[1:]
         part.order = torch.arange(B * G, dtype=torch.int32, device=self.order.device).repeat(len(self.seen), 1)
         part.ages.zero_()
+        part.open_omega.zero_()                                  # what the sequence before it left in the ring
         return part
 
     def sort_rows(self):

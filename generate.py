@@ -21,7 +21,6 @@ import sys
 import time
 import warnings
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -134,33 +133,70 @@ def provenance():
 
 # ------------------------------------------------------------------------------------------------ sampling
 
-def sample(logits, temperature, top_k, top_p, rng):
-    """One token id from logits (vocab,). temperature 0: the likeliest. top_k: only the k likeliest, 0: all. top_p: only
-    the smallest set of likeliest tokens whose probabilities reach p."""
-    if logits.isnan().any():
-        raise InputError("the model's scores are not numbers, as with damaged weights; fetch or train it anew.")
-    if temperature == 0:
-        return logits.argmax().item()
-    logits, ids = (logits.double() / temperature).sort(descending=True, stable=True)
-    if top_k:
-        logits = logits[:top_k]
-    p = logits.softmax(-1)
-    allowed = p.cumsum(-1) - p < top_p
-    allowed[0] = True                                    # top_p 0 leaves the likeliest
-    return ids[torch.multinomial(p[allowed], 1, generator=rng)].item()
+NOT_NUMBERS = "the model's scores are not numbers, as with damaged weights; fetch or train it anew."
+SETTINGS = {"temperature": torch.float64, "top_k": torch.long, "top_p": torch.float64, "seed": torch.long}
+
+
+def hashed(x):
+    """MurmurHash3's 64-bit finalizer of int64, a bijection in which a change of any bit changes half of all bits."""
+    for factor in (0xff51afd7ed558ccd, 0xc4ceb9fe1a85ec53):
+        x = (x ^ (x >> 33 & 0x7fffffff)) * (factor - 2 ** 64)
+    return x ^ (x >> 33 & 0x7fffffff)
+
+
+def uniform(seed, position):
+    """A number in [0, 1), fp64, for each pair of int64: the randomness of one token, wherever and whenever it is sampled."""
+    return (hashed(hashed(seed) + position) >> 11 & 2 ** 53 - 1).double() * 2.0 ** -53
+
+
+def likeliest(logits):
+    """The likeliest token ids (B,) of logits (B, vocab), the first of equals; -1 where logits are NaN."""
+    return logits.argmax(-1).masked_fill(logits.isnan().any(-1), -1)
+
+
+def sample(logits, temperature, top_k, top_p, seed, position):
+    """Token ids (B,) from logits (B, vocab), every row by its own settings (B,); -1 where logits are NaN.
+
+    temperature 0: the likeliest. top_k: only the k likeliest, 0: all. top_p: only the smallest set of likeliest tokens whose
+    probabilities reach p. seed and position (of the new token in its sequence) decide alone which token falls. Never waits for
+    a GPU. Probabilities are summed in fp64, whose rounding, other in another batch, is too small to move a choice.
+    """
+    ordered, ids = logits.sort(descending=True, stable=True)
+    ordered = ordered.double()
+    ordered = (ordered - ordered[:, :1]) / temperature[:, None].clamp(min=1e-30)
+    rank, top_k = torch.arange(ordered.size(1), device=logits.device), top_k[:, None]
+    p = ordered.masked_fill_((rank >= top_k) & (top_k > 0), -torch.inf).softmax(-1)
+    reached = p.cumsum(-1)
+    allowed = (reached - p < top_p[:, None]).sum(-1, keepdim=True).clamp(min=1)        # top_p 0 leaves the likeliest
+    goal = uniform(seed, position)[:, None] * reached.gather(-1, allowed - 1)
+    drawn = ids.gather(-1, (reached <= goal).sum(-1, keepdim=True).minimum(allowed - 1))[:, 0]
+    first = likeliest(logits)
+    return torch.where((temperature == 0) | (first < 0), first, drawn)
+
+
+def chooser(**settings):
+    """choose(logits (vocab,), position) -> id, for `generate`, by `sample` with these settings."""
+    settings = [torch.tensor([settings[name]], dtype=dtype) for name, dtype in SETTINGS.items()]
+
+    def choose(logits, position):
+        token = sample(logits[None], *settings, torch.tensor([position])).item()
+        if token < 0:
+            raise InputError(NOT_NUMBERS)
+        return token
+    return choose
 
 
 @torch.no_grad()
 def generate(model, cache, prompt, count, choose, stops=(), gain=None):
     """Yield up to `count` token ids that continue `prompt` (ids), each as soon as it is chosen; end before one of `stops`.
 
-    The prompt is taken in at once, then a token at a step. choose(logits (vocab,)) -> id.
+    The prompt is taken in at once, then a token at a step. choose(logits (vocab,), position of the new token) -> id.
     """
     device = next(model.parameters()).device
     tokens = prompt
-    for _ in range(count):
+    for position in range(len(prompt), len(prompt) + count):
         logits, _ = model(torch.tensor([tokens], device=device), cache, gain=gain, last=True)
-        token = choose(logits[0, -1].cpu())
+        token = choose(logits[0, -1].cpu(), position)
         if token in stops:
             return
         yield token
@@ -367,7 +403,7 @@ def parse(argv):
     parser.add_argument("--temperature", type=number(0), default=0.7, help="0: always the likeliest token [0.7]")
     parser.add_argument("--top-k", type=number(0, kind=int), default=0, help="sample from the k likeliest; 0: from all [0]")
     parser.add_argument("--top-p", type=number(0, 1), default=0.95, help="sample from the likeliest that make up p [0.95]")
-    parser.add_argument("--seed", type=number(0, kind=int), default=0, help="of the sampling [0]")
+    parser.add_argument("--seed", type=number(0, 2 ** 62, int), default=0, help="of the sampling [0]")
     parser.add_argument("--cache", choices=["dmc", "full"], default="dmc", help="full: keep every token, merge nothing [dmc]")
     parser.add_argument("--ops", choices=OPS, default="fast", help="kernels and pages, or the plain functions of dmc.py [fast]")
     parser.add_argument("--show-merges", metavar="LAYER.HEAD|PAGE.html",
@@ -405,8 +441,7 @@ def stream_samples(args, model, tokenizer, prompt, facts):
         print(full_cache_note(model, facts) + "\n")
         gain = 0.0 if model.config.dmc else 1.0          # decides nothing
     for i in range(args.samples):
-        rng = torch.Generator().manual_seed(args.seed + i)
-        choose = partial(sample, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, rng=rng)
+        choose = chooser(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed + i)
         cache = model.Cache(model.config, 1, weight.device, weight.dtype)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         print(tokenizer.decode(prompt), end="", flush=True)

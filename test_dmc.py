@@ -863,7 +863,7 @@ def test_greedy_generation_is_the_parallel_argmax(seed, count):
     model = model_of(seed, (8, 2))
     prompt = torch.randint(0, 29, (5,)).tolist()
     cache = Cache(model.config, 1, dtype=torch.float64)
-    ids = list(generate.generate(model, cache, prompt, count, lambda x: generate.sample(x, 0, 0, 1.0, None)))
+    ids = list(generate.generate(model, cache, prompt, count, lambda x, position: x.argmax().item()))
     everything = prompt + ids
     assert len(ids) == count
     assert model(torch.tensor([everything]))[0][0, 4:-1].argmax(-1).tolist() == ids
@@ -874,21 +874,75 @@ def test_generation_stops_before_the_end_of_text():
     model = model_of(0)
     eos = model(torch.tensor([[1, 2]]))[0][0, -1].argmax().item()
     cache = Cache(model.config, 1, dtype=torch.float64)
-    assert list(generate.generate(model, cache, [1, 2], 5, lambda x: x.argmax().item(), stops=[eos])) == []
+    assert list(generate.generate(model, cache, [1, 2], 5, lambda x, position: x.argmax().item(), stops=[eos])) == []
 
 
 def test_sampling_filters():
     logits = torch.tensor([1.0, 3.0, 2.0, -1.0])
-    draw = lambda n=2000, **kw: {generate.sample(logits, **{**dict(temperature=1.0, top_k=0, top_p=1.0), **kw}, rng=rng)
-                                 for _ in range(n)}
-    rng = torch.Generator().manual_seed(0)
+
+    def ids(n=2000, **changes):
+        settings = dict(temperature=1.0, top_k=0, top_p=1.0, seed=0) | changes
+        settings = [torch.full((n,), settings[name], dtype=dtype) for name, dtype in generate.SETTINGS.items()]
+        return generate.sample(logits.repeat(n, 1), *settings, torch.arange(n)).tolist()
+    draw = lambda **changes: set(ids(**changes))
     assert draw() == {0, 1, 2, 3}
     assert draw(top_k=2) == {1, 2} and draw(top_k=1) == {1} and draw(temperature=0) == {1}
     p = logits.softmax(-1)
     assert draw(top_p=p[1].item() - 1e-6) == {1} and draw(top_p=p[1].item() + 1e-6) == {1, 2} and draw(top_p=0.0) == {1}
-    ids = [generate.sample(logits, 1.0, 0, 1.0, rng) for _ in range(4000)]
-    for i in range(4):
-        assert abs(ids.count(i) / 4000 - p[i]) < 5 * math.sqrt(p[i] * (1 - p[i]) / 4000)
+    for temperature in (1.0, 2.0):
+        p, drawn = (logits / temperature).softmax(-1), ids(4000, temperature=temperature)
+        for i in range(4):
+            assert abs(drawn.count(i) / 4000 - p[i]) < 5 * math.sqrt(p[i] * (1 - p[i]) / 4000)
+
+
+def literal_distribution(logits, temperature, top_k, top_p):
+    """The likeliest tokens and their probabilities, written out: {id: probability}, likeliest first."""
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[:top_k or None]
+    weights = [math.exp((logits[i] - max(logits)) / temperature) for i in order]
+    kept, reached = {}, 0.0
+    for i, weight in zip(order, weights, strict=True):
+        if kept and reached >= top_p:
+            break
+        kept[i] = weight / sum(weights)
+        reached += kept[i]
+    return {i: share / reached for i, share in kept.items()}
+
+
+@given(seeds, st.integers(0, 10), st.floats(0.0, 1.0), st.sampled_from([0.1, 1.0, 3.0]), st.integers(0, 2 ** 62))
+def test_a_batch_is_sampled_as_its_rows_are(seed, top_k, top_p, temperature, first):
+    """Every row falls where its own uniform number lies in its own distribution, written out; whatever the others do."""
+    logits = torch.randn(40, 9, generator=torch.Generator().manual_seed(seed)).mul(3).round()          # with equals
+    logits[7, 3] = torch.nan
+    settings = [torch.full((40,), x, dtype=dtype) for x, dtype in
+                zip((temperature, top_k, top_p, 0), generate.SETTINGS.values(), strict=True)]
+    settings[0][::4] = 0
+    settings[3] += first + torch.arange(40)
+    position = torch.arange(40) % 3
+    ids = generate.sample(logits, *settings, position).tolist()
+    u = generate.uniform(settings[3], position).tolist()
+    for i, row in enumerate(logits.tolist()):
+        distribution = literal_distribution(row, temperature, top_k, top_p) if i % 4 else {row.index(max(row)): 1.0}
+        below = {token: sum(list(distribution.values())[:n]) for n, token in enumerate(distribution)}
+        if i == 7:
+            assert ids[i] == -1
+        else:
+            assert ids[i] in distribution
+            assert below[ids[i]] - 1e-9 <= u[i] <= below[ids[i]] + distribution[ids[i]] + 1e-9
+        assert ids[i] == generate.sample(*(x[i:i + 1] for x in (logits, *settings, position))).item()
+    with pytest.raises(InputError, match="not numbers"):
+        generate.chooser(temperature=1.0, top_k=0, top_p=1.0, seed=0)(logits[7], 1)
+
+
+def test_random_numbers_are_uniform_and_independent():
+    """Over all seeds and positions, and between neighbours in either: means, spread and correlations of independent numbers."""
+    u = generate.uniform(torch.arange(400)[:, None], torch.arange(400)[None])
+    assert u.min() >= 0 and u.max() < 1 and u.unique().numel() == u.numel()
+    counts = torch.histc(u, 20, 0, 1)
+    assert ((counts - u.numel() / 20).abs() < 5 * math.sqrt(u.numel() / 20)).all()
+    z = (u - 0.5) * math.sqrt(12)
+    swapped = (z.T * z)[torch.ones(400, 400).triu(1) > 0]
+    for product in (z[1:] * z[:-1], z[:, 1:] * z[:, :-1], z[1:, 1:] * z[:-1, :-1], z[1:, :-1] * z[:-1, 1:], swapped):
+        assert abs(product.sum()) < 5 * math.sqrt(product.numel())
 
 
 def test_segments_are_the_slots_and_spell_the_text(finished):
@@ -2291,6 +2345,18 @@ def test_a_prompt_too_long_for_the_pool_kernel(poisoned):
     assert sorted(pages) == list(range(5))                       # all taken, none twice
     cache.release([0, 1])
     assert sorted(cache.free[:cache.left.item()].tolist()) == list(range(5))
+
+
+def test_an_admitted_sequence_knows_nothing_of_the_one_before_it_kernel():
+    """A prompt shorter than the window, merged into from the first step, where a longer segment was open."""
+    config = config_of((1, 1), 12, n_layer=1)
+    before, after = ([x.float()[:1] for x in qkv(seed, (1, 1), 20, merge=1.0)] for seed in (0, 1))
+    cache = dmc_fast.Cache(config, 1, pages=3)
+    cache.attend(0, *before)
+    cache.release(slice(0, 1))
+    part, reference = cache.admit(slice(0, 1)), dmc.Cache(config, 1)
+    for portion in zip(*(x[:, :, :6].split([2, 1, 1, 1, 1], dim=2) for x in after), strict=True):
+        assert (part.attend(0, *portion) - reference.attend(0, *portion)).abs().max() < 1e-5
 
 
 @settings(max_examples=12 if INTERPRETED else 60)
