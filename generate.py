@@ -20,8 +20,11 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import deque
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -201,6 +204,301 @@ def generate(model, cache, prompt, count, choose, stops=(), gain=None):
             return
         yield token
         tokens = [token]
+
+
+# ------------------------------------------------------------------------------------------------ engine
+
+@dataclass
+class Request:
+    """A text to continue: prompt (ids), at most `count` tokens (None: 256, or fewer where positions end), and how to sample.
+
+    key: whatever tells its result from those of others.
+    """
+    prompt: list
+    count: int | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    key: object = None
+
+
+@dataclass
+class Result:
+    """What became of a request: the ids generated, why they end ("stop" or "length"), and the CR of its cache; or an error,
+    a sentence."""
+    request: Request
+    ids: list = field(default_factory=list)
+    finish: str | None = None
+    cr: float | None = None
+    error: str | None = None
+
+
+@dataclass(eq=False)
+class Sequence:
+    request: Request
+    count: int
+    ids: list = field(default_factory=list)      # generated, and read by the host
+    tokens: list = None                          # the prompt and the ids known when it was admitted
+    fed: int = 0                                 # tokens in its cache after all that was launched
+
+
+@dataclass
+class Report:
+    """What the device says after a prefill or a step, on its way to the host: the rows of Engine.report."""
+    numbers: torch.Tensor
+    event: object
+    live: dict                                   # row -> Sequence, of all that ran then
+    asked: dict                                  # of those for which a new token was sampled
+
+
+class Held(NamedTuple):
+    """Of one row: tokens, slots, pages, and the pages that it may need in the two steps after."""
+    fed: int
+    slots: int
+    pages: int
+    need: int
+
+
+def checked_count(config, prompt, count):
+    """How many tokens are to follow the prompt. Raises InputError where they do not fit the positions."""
+    if not prompt:
+        raise InputError("the prompt is empty; give at least one character.")
+    wanted, count = count, count or min(256, config.max_seq_len - len(prompt))
+    if len(prompt) + count > config.max_seq_len or count < 1:
+        raise InputError(f"a prompt of {len(prompt)} tokens{f' and {wanted} more' if wanted else ''} does not fit the model's "
+                         f"{config.max_seq_len} positions; shorten the prompt or generate fewer tokens.")
+    return count
+
+
+def paged(model):
+    return model.Cache if issubclass(model.Cache, dmc_fast.Cache) else dmc_fast.Cache
+
+
+class Engine:
+    """Batched generation with continuous admission: `rows` sequences at once over one pool of pages.
+
+    A decode step works for all rows, has fixed shapes, samples on the device, and never waits for the host: on a GPU it is one
+    CUDA graph. The host launches step n + 1 before it reads what step n sampled, so a sequence that turns out to
+    have ended takes part in one more step, which nobody reads. Idle rows (age -1) do nothing.
+
+    Pages: a step takes at most one per head, so the host, two steps ahead, knows from lengths alone whether the pool lasts.
+    If not, the youngest sequence gives its pages back and waits at the head of the queue to be prefilled
+    with all it has; its randomness goes by position, so its text goes on as it would have. Only what does not fit the pool
+    all by itself ends in an error. A prompt is prefilled if it fits uncompressed beside one page more for every head that runs.
+    If nothing runs, as much of it as fits is prefilled, and the rest is fed token by token, merging as it goes.
+    """
+
+    def __init__(self, model, rows, pages=None, stops=(), gain=None):
+        weight, config = next(model.parameters()), model.config
+        self.model, self.stops, self.gain, self.heads = model, set(stops), gain, config.n_layer * config.n_kv_head
+        if pages is not None and pages < self.heads:
+            raise InputError(f"the pool has {pages} pages for {self.heads} heads; raise --cache-gb.")
+        self.cache = paged(model)(config, rows, weight.device, weight.dtype, pages=pages)
+        self.cache.release(slice(None))
+        self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=weight.device)      # what the next step is fed
+        self.settings = [torch.zeros(rows, dtype=dtype, device=weight.device) for dtype in SETTINGS.values()]
+        self.report = torch.zeros(6, rows, dtype=torch.long, device=weight.device)
+        self.waiting, self.running, self.idle, self.pending = deque(), {}, list(range(rows)), deque()
+        self.free, self.known = len(self.cache.free), {}         # by the newest report, and row -> Held
+        self.graphs, self.steps, self.waited, self.preempted = {}, 0, 0.0, 0
+
+    # --- requests
+
+    def submit(self, request):
+        """Put a request at the end of the queue. Raises InputError where it cannot fit."""
+        count = checked_count(self.model.config, request.prompt, request.count)
+        pages = self.heads * -(-len(request.prompt) // self.cache.page_size)
+        if pages > len(self.cache.free) and (self.gain is not None or not self.model.config.dmc):
+            raise InputError(f"a prompt of {len(request.prompt)} tokens needs {pages} pages of cache, and there are "
+                             f"{len(self.cache.free)}; raise --cache-gb or shorten the prompt.")
+        self.waiting.append(Sequence(request, count))
+
+    def cancel(self, key):
+        """Forget the request with this key, wherever it is; there will be no result. Returns whether there was one."""
+        found = {seq for seq in (*self.waiting, *self.running.values(), *(s for r in self.pending for s in r.asked.values()))
+                 if seq.request.key == key}
+        self.waiting = deque(seq for seq in self.waiting if seq not in found)
+        for seq in found:
+            self._drop(seq)
+        return bool(found)
+
+    def run(self, requests, each_step=lambda: None):
+        """Yield a Result for every Request, in the order of finishing. Takes them as rows fall idle; Results among them pass."""
+        requests = iter(requests)
+        while True:
+            while len(self.waiting) < max(1, len(self.idle)) and (request := next(requests, None)) is not None:
+                if isinstance(request, Result):
+                    yield request
+                    continue
+                try:
+                    self.submit(request)
+                except InputError as error:
+                    yield Result(request, error=str(error))
+            if not (self.waiting or self.running or self.pending):
+                return self.cache.check()
+            yield from self.step()
+            each_step()
+
+    @torch.no_grad()
+    def step(self):
+        """Launch a step, read what came before it, preempt and admit. Returns the results of what has finished."""
+        launched = self._launch()
+        return self._collect(keep=launched) + self._schedule()
+
+    # --- the device's side: nothing here waits
+
+    def _step(self, greedy):
+        self._choose(slice(None), self.model(self.tokens.clamp(min=0), self.cache, gain=self.gain, last=True)[0], greedy)
+
+    def _choose(self, rows, logits, greedy):
+        """The next token of each row from logits (rows, 1, vocab), and the report."""
+        cache, logits = self.cache, logits[:, -1]
+        position = cache.ages[0, rows, 0].long()
+        ids = likeliest(logits) if greedy else sample(logits, *(x[rows] for x in self.settings), position)
+        self.tokens[rows].copy_(ids[:, None])
+        pages, may_need = -(-cache.lengths // cache.page_size), (cache.lengths + 1) % cache.page_size <= 1
+        facts = self.tokens[:, 0], cache.ages[0, :, 0], *(x.sum((0, 2)) for x in (cache.lengths, pages, may_need)), cache.left
+        for line, fact in zip(self.report, facts, strict=True):
+            line.copy_(fact)
+
+    def _capture(self, greedy):
+        """The step as a CUDA graph. It is run before, to compile kernels, with every row idle for the time being."""
+        kept = [(x, x.clone()) for x in (self.cache.ages, self.tokens)]
+        self.cache.ages.fill_(-1)
+        self.cache.seen = [1] * len(self.cache.seen)             # any number at which rows are not sorted
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._step(greedy)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph, pool=next(iter(self.graphs.values())).pool() if self.graphs else None):
+            self._step(greedy)
+        for x, before in kept:
+            x.copy_(before)
+        return graph
+
+    def _launch(self):
+        """Start a step for all that run; whether there are any."""
+        for row, seq in self.running.items():
+            if seq.fed < len(seq.tokens):                        # known already: the rest of a prompt
+                self.tokens[row].fill_(seq.tokens[seq.fed])
+            seq.fed += 1
+        if not self.running:
+            return False
+        greedy = all(seq.request.temperature == 0 for seq in self.running.values())
+        if self.tokens.is_cuda:
+            if greedy not in self.graphs:
+                self.graphs[greedy] = self._capture(greedy)
+            self.graphs[greedy].replay()
+        else:
+            self.cache.seen = [max(seq.fed for seq in self.running.values()) - 1] * len(self.cache.seen)
+            self._step(greedy)
+        self.steps += 1
+        if self.steps % 64 == 0:
+            self.cache.sort_rows()
+        self._post(self.running)
+        return True
+
+    def _admit(self, seq, n):
+        """Prefill a sequence's first n tokens in an idle row."""
+        row = self.idle.pop()
+        self.running[row], rows, seq.fed = seq, slice(row, row + 1), n
+        for x, name in zip(self.settings, SETTINGS, strict=True):
+            x[row].fill_(getattr(seq.request, name))
+        tokens = torch.tensor([seq.tokens[:n]])
+        if self.tokens.is_cuda:
+            tokens = tokens.pin_memory().to(self.tokens.device, non_blocking=True)
+        logits, _ = self.model(tokens, self.cache.admit(rows), gain=self.gain, last=True)
+        self._choose(rows, logits, seq.request.temperature == 0)
+        self._post([row])
+
+    def _post(self, rows):
+        """Send the report on its way. Whoever has been asked for all its tokens gives its row back at once."""
+        numbers, event = self.report.to("cpu", non_blocking=True, copy=True), None
+        if self.report.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        asked = {row: self.running[row] for row in rows if self.running[row].fed >= len(self.running[row].tokens)}
+        self.pending.append(Report(numbers, event, dict(self.running), asked))
+        for row, seq in asked.items():
+            if seq.fed == len(seq.request.prompt) + seq.count - 1:
+                self._release(row)
+
+    # --- the host's side
+
+    def _release(self, row):
+        del self.running[row]
+        self.cache.release(slice(row, row + 1))
+        self.idle.append(row)
+        if row in self.known:
+            self.free += self.known.pop(row).pages
+
+    def _drop(self, seq):
+        """Take a sequence out of its row, and forget what was sampled for it and not yet read."""
+        for row in [row for row, other in self.running.items() if other is seq]:
+            self._release(row)
+        for report in self.pending:
+            report.asked = {row: other for row, other in report.asked.items() if other is not seq}
+
+    def _collect(self, keep):
+        """Read all reports but the newest `keep`. Returns the results of what has finished."""
+        results = []
+        while len(self.pending) > keep:
+            report = self.pending.popleft()
+            if report.event:
+                start = time.perf_counter()
+                report.event.synchronize()
+                self.waited += time.perf_counter() - start
+            tokens, *held, left = report.numbers.tolist()
+            held = [Held(*row) for row in zip(*held, strict=True)]
+            self.known = {row: held[row] for row, seq in report.live.items() if self.running.get(row) is seq}
+            self.free = left[0] + sum(held[row].pages for row in report.live if row not in self.known)    # released since then
+            for row, seq in report.asked.items():
+                results += self._accept(seq, tokens[row], held[row])
+        return results
+
+    def _accept(self, seq, token, held):
+        result = Result(seq.request, seq.ids, cr=held.fed * self.heads / held.slots)
+        if token < 0:
+            result = Result(seq.request, error=NOT_NUMBERS)
+        elif token in self.stops:
+            result.finish = "stop"
+        else:
+            seq.ids.append(token)
+            if len(seq.ids) < seq.count:
+                return []
+            result.finish = "length"
+        self._drop(seq)
+        return [result]
+
+    def _room(self):
+        """The pages that are free for sure after the step that was launched and the one that comes next."""
+        return self.free - sum(held.need for held in self.known.values())
+
+    def _schedule(self):
+        """Make room for the next step, then fill idle rows, oldest request first. Returns the results of what fails."""
+        results, page = [], self.cache.page_size
+        while self._room() < 0:
+            youngest = list(self.running.values())[-1]
+            self._drop(youngest)
+            if self.running:
+                self.waiting.appendleft(youngest)
+                self.preempted += 1
+            else:
+                results.append(Result(youngest.request, error=f"the cache's {len(self.cache.free)} pages are used up at "
+                               f"{youngest.fed} tokens; raise --cache-gb, shorten the prompt or generate fewer tokens."))
+        room = self._room()
+        while self.waiting and self.idle:
+            seq, alone = self.waiting[0], room == len(self.cache.free)
+            seq.tokens = seq.request.prompt + seq.ids
+            n = min(len(seq.tokens), room // self.heads * page - 1) if alone else len(seq.tokens)
+            pages = self.heads * -(-(n + 1) // page)             # after the next step, if nothing merges
+            if pages + self.heads * len(self.running) > room:
+                break
+            self._admit(self.waiting.popleft(), n)
+            room -= pages
+        return results
 
 
 # ------------------------------------------------------------------------------------------------ reports
@@ -430,12 +728,7 @@ def show_merges(args, model, tokenizer, prompt, name):
 
 
 def stream_samples(args, model, tokenizer, prompt, facts):
-    positions = model.config.max_seq_len
-    count = args.tokens or min(256, positions - len(prompt))
-    if len(prompt) + count > positions or count < 1:
-        wanted = f" and {count} more" if args.tokens else ""
-        raise InputError(f"a prompt of {len(prompt)} tokens{wanted} does not fit the model's {positions} positions; "
-                         "shorten the prompt or lower --tokens.")
+    count = checked_count(model.config, prompt, args.tokens)
     weight, gain = next(model.parameters()), None
     if args.cache == "full":
         print(full_cache_note(model, facts) + "\n")
@@ -461,8 +754,6 @@ def run(args):
         facts = read_json(name / "config.json").get("dmc", {})
     text = read_text(args.prompt_file, "--prompt-file") if args.prompt_file else args.prompt
     prompt = tokenizer.encode(text, prefix=True)
-    if not prompt:
-        raise InputError("the prompt is empty; give at least one character.")
     print(f"{name}\n")
     if args.show_merges:
         show_merges(args, model, tokenizer, prompt, name)
