@@ -850,7 +850,7 @@ class Cache(dmc.Cache):
         owned = (torch.arange(self.table.size(-1), device=owned.device) < owned).flatten()
         pages, total, left = self.table[:, rows].flatten(), len(self.free), self.left.clamp(min=0)
         owned &= pages < total                                   # all but the spare one
-        pages = pages[owned.to(torch.uint8).argsort(descending=True, stable=True)[:total]]     # those that it owns come first
+        pages = pages[owned.to(torch.uint8).argsort(descending=True, stable=True)[:total]]     # those it owns come first
         i = torch.arange(len(pages), device=left.device)
         at, freed = (left + i) % total, owned.sum()
         self.free[at] = torch.where(i < freed, pages, self.free[at])

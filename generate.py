@@ -5,6 +5,7 @@
     python generate.py --show-merges 0.0               the prompt, cut into the segments that layer 0, head 0 merged
     python generate.py --show-merges merges.html       a web page with the segments of every layer and head, and their CR
     python generate.py --cache full                    the same weights, every token kept
+    python generate.py --prompts in.jsonl --out out.jsonl      continue many prompts, as many at once as fit
 """
 
 import argparse
@@ -21,8 +22,9 @@ import sys
 import time
 import warnings
 from collections import deque
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -260,10 +262,13 @@ class Held(NamedTuple):
     need: int
 
 
+EMPTY = "the prompt is empty; give at least one character."
+
+
 def checked_count(config, prompt, count):
     """How many tokens are to follow the prompt. Raises InputError where they do not fit the positions."""
     if not prompt:
-        raise InputError("the prompt is empty; give at least one character.")
+        raise InputError(EMPTY)
     wanted, count = count, count or min(256, config.max_seq_len - len(prompt))
     if len(prompt) + count > config.max_seq_len or count < 1:
         raise InputError(f"a prompt of {len(prompt)} tokens{f' and {wanted} more' if wanted else ''} does not fit the model's "
@@ -282,11 +287,11 @@ class Engine:
     CUDA graph. The host launches step n + 1 before it reads what step n sampled, so a sequence that turns out to
     have ended takes part in one more step, which nobody reads. Idle rows (age -1) do nothing.
 
-    Pages: a step takes at most one per head, so the host, two steps ahead, knows from lengths alone whether the pool lasts.
-    If not, the youngest sequence gives its pages back and waits at the head of the queue to be prefilled
-    with all it has; its randomness goes by position, so its text goes on as it would have. Only what does not fit the pool
-    all by itself ends in an error. A prompt is prefilled if it fits uncompressed beside one page more for every head that runs.
-    If nothing runs, as much of it as fits is prefilled, and the rest is fed token by token, merging as it goes.
+    Pages: a step takes at most one per head, so the host knows from lengths, two steps ahead, whether the pool lasts.
+    If not, the youngest sequence gives its pages back and waits at the head of the queue to be prefilled with all it has; its
+    randomness goes by position, so its text goes on as it would have. Only what does not fit the pool all by itself ends in
+    an error. A prompt is prefilled if it fits uncompressed, beside one page more for every head that runs. If nothing runs,
+    as much of it as fits is prefilled, and the rest is fed token by token, merging as it goes.
     """
 
     def __init__(self, model, rows, pages=None, stops=(), gain=None):
@@ -324,7 +329,7 @@ class Engine:
         return bool(found)
 
     def run(self, requests, each_step=lambda: None):
-        """Yield a Result for every Request, in the order of finishing. Takes them as rows fall idle; Results among them pass."""
+        """Yield a Result for every Request, as they finish. Takes Requests as rows fall idle; Results among them pass."""
         requests = iter(requests)
         while True:
             while len(self.waiting) < max(1, len(self.idle)) and (request := next(requests, None)) is not None:
@@ -453,7 +458,8 @@ class Engine:
             tokens, *held, left = report.numbers.tolist()
             held = [Held(*row) for row in zip(*held, strict=True)]
             self.known = {row: held[row] for row, seq in report.live.items() if self.running.get(row) is seq}
-            self.free = left[0] + sum(held[row].pages for row in report.live if row not in self.known)    # released since then
+            released = [row for row in report.live if row not in self.known]
+            self.free = left[0] + sum(held[row].pages for row in released)
             for row, seq in report.asked.items():
                 results += self._accept(seq, tokens[row], held[row])
         return results
@@ -688,6 +694,10 @@ def number(low, high=float("inf"), kind=float):
     return parse
 
 
+LIMITS = {"tokens": number(1, kind=int), "temperature": number(0), "top_k": number(0, kind=int), "top_p": number(0, 1),
+          "seed": number(0, 2 ** 62, int)}
+
+
 def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--ckpt", metavar="NAME_OR_PATH", help="folder of a model or of a run, llama2-7b, -13b, -70b, or "
@@ -696,14 +706,23 @@ def parse(argv):
                         help="take only the shape of --ckpt llama2-7b and the like; text is bytes")
     parser.add_argument("--prompt", default=PROMPT, help="text to continue [the start of a Python file]")
     parser.add_argument("--prompt-file", type=Path, help="read the prompt from a file")
-    parser.add_argument("--tokens", type=number(1, kind=int), help="how many to generate [256, or fewer where positions end]")
-    parser.add_argument("--samples", type=number(1, kind=int), default=1, help="how many continuations [1]")
-    parser.add_argument("--temperature", type=number(0), default=0.7, help="0: always the likeliest token [0.7]")
-    parser.add_argument("--top-k", type=number(0, kind=int), default=0, help="sample from the k likeliest; 0: from all [0]")
-    parser.add_argument("--top-p", type=number(0, 1), default=0.95, help="sample from the likeliest that make up p [0.95]")
-    parser.add_argument("--seed", type=number(0, 2 ** 62, int), default=0, help="of the sampling [0]")
+    parser.add_argument("--tokens", type=LIMITS["tokens"], help="how many to generate [256, or fewer where positions end]")
+    parser.add_argument("--samples", type=number(1, kind=int), default=1, help="how many continuations of it [1]")
+    parser.add_argument("--temperature", type=LIMITS["temperature"], default=0.7, help="0: always the likeliest token [0.7]")
+    parser.add_argument("--top-k", type=LIMITS["top_k"], default=0, help="sample from the k likeliest; 0: from all [0]")
+    parser.add_argument("--top-p", type=LIMITS["top_p"], default=0.95, help="sample from the likeliest that make up p [0.95]")
+    parser.add_argument("--seed", type=LIMITS["seed"], default=0, help="of the sampling [0]")
     parser.add_argument("--cache", choices=["dmc", "full"], default="dmc", help="full: keep every token, merge nothing [dmc]")
     parser.add_argument("--ops", choices=OPS, default="fast", help="kernels and pages, or the plain functions of dmc.py [fast]")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="where the model runs [cuda where there is one]")
+    parser.add_argument("--prompts", type=Path, metavar="FILE.jsonl",
+                        help='continue many prompts, a line each: {"prompt": "..."}, and if wanted id, tokens, temperature, '
+                        "top_k, top_p, seed, in the place of the flags")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="where the results of --prompts go, a line each as it "
+                        "finishes; a file begun earlier is continued")
+    parser.add_argument("--batch", type=number(1, 4096, int), help="sequences at once [32 on a CPU, 128 on a GPU]")
+    parser.add_argument("--cache-gb", type=number(0), help="size of the pool of pages [1 on a CPU, what is left on a GPU]")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="write what 20 steps of --prompts spend their time on")
     parser.add_argument("--show-merges", metavar="LAYER.HEAD|PAGE.html",
                         help="print the prompt cut into one head's segments, or write a web page with all heads', and stop")
     return parser.parse_args(argv)
@@ -727,12 +746,17 @@ def show_merges(args, model, tokenizer, prompt, name):
     print(show_segments(segments, tokenizer, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
 
 
+def chosen_gain(args, model, facts):
+    """The gain that --cache asks for."""
+    if args.cache == "dmc":
+        return None
+    print(full_cache_note(model, facts) + "\n")
+    return 0.0 if model.config.dmc else 1.0              # decides nothing
+
+
 def stream_samples(args, model, tokenizer, prompt, facts):
     count = checked_count(model.config, prompt, args.tokens)
-    weight, gain = next(model.parameters()), None
-    if args.cache == "full":
-        print(full_cache_note(model, facts) + "\n")
-        gain = 0.0 if model.config.dmc else 1.0          # decides nothing
+    weight, gain = next(model.parameters()), chosen_gain(args, model, facts)
     for i in range(args.samples):
         choose = chooser(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed + i)
         cache = model.Cache(model.config, 1, weight.device, weight.dtype)
@@ -743,8 +767,198 @@ def stream_samples(args, model, tokenizer, prompt, facts):
         print(decoder.decode(b"", final=True) + f"\n\n{cache_report(cache)}\n")
 
 
+# ------------------------------------------------------------------------------------------------ files of prompts
+
+def fingerprint(line):
+    return hash((line.get("id"), line["prompt"]))
+
+
+def read_results(path):
+    """Which lines have been answered in a file of results: {line: hash of id and prompt, or None for an error}.
+
+    What a kill left of a last line is cut off. Raises InputError for a file of anything else, and leaves it as it is.
+    """
+    done, end = {}, 0
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no file; name another --out.")
+    try:
+        with path.open("ab+") as f:                              # also says whether it can be written
+            f.seek(0)
+            for text in f:
+                if not text.endswith(b"\n"):
+                    if text[:9] != b'{"line": '[:len(text)]:
+                        raise ValueError
+                    break
+                result = json.loads(text)
+                done[result["line"]] = None if "error" in result else fingerprint(result)
+                end += len(text)
+            f.truncate(end)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); check --out.") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(f"{path} is no file of results; name another --out.") from None
+    return done
+
+
+def read_request(text, key, args, tokenizer):
+    """A Request from a line of JSON. Raises InputError. key: where its id and its prompt are put, beside the line's number."""
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"this is no JSON ({one_line(error)}); write each prompt as a line of it.") from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
+        raise InputError('a line is an object with a text as its prompt; write {"prompt": "..."}.')
+    if not isinstance(fields.get("id", ""), str | int):
+        raise InputError("an id is a text or a whole number; change it.")
+    key |= {name: fields[name] for name in ("id", "prompt") if name in fields}
+    settings = {}
+    for name, limit in LIMITS.items():
+        value = getattr(args, name) if fields.get(name) is None else fields[name]
+        try:
+            settings[name] = None if value is None else limit(json.dumps(value))
+        except (ValueError, argparse.ArgumentTypeError):
+            raise InputError(f"{name} cannot be {json.dumps(value)[:40]}; see --{name.replace('_', '-')} in --help.") from None
+    try:
+        prompt = tokenizer.encode(fields["prompt"], prefix=True)
+    except UnicodeEncodeError:
+        raise InputError("the prompt has half of a surrogate pair; write its characters whole.") from None
+    return Request(prompt, settings.pop("tokens"), **settings, key=key)
+
+
+def read_requests(lines, done, args, tokenizer):
+    """A Request for every line that is not done, a Result where the line is at fault."""
+    for number, text in enumerate(lines, 1):
+        key = {"line": number}
+        if not text.strip() or number in done and done[number] is None:
+            continue
+        try:
+            request = read_request(text, key, args, tokenizer)
+        except InputError as error:
+            request = Result(Request([], key=key), error=str(error))
+        if number not in done:
+            yield request
+        elif "prompt" not in key or done[number] != fingerprint(key):
+            raise InputError(f"{args.out} has results of other prompts than {args.prompts}, as of line {number}; "
+                             "name another --out.")
+
+
+def peak(work):
+    """The bytes of GPU memory that work() takes for a time, beyond what it leaves."""
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+
+
+@torch.no_grad()
+def pages_that_fit(model, rows, gigabytes, gain):
+    """How many pages the pool gets: of so many gigabytes, or None for 1 on a CPU, and on a GPU for what the longest prefill,
+    the sampling of all rows, and the cache's other tensors leave, less 3%."""
+    config, weight = model.config, next(model.parameters())
+    make, positions = partial(paged(model), config, device=weight.device, dtype=weight.dtype), config.max_seq_len
+    memory = 1e9 * (1 if gigabytes is None else gigabytes)
+    if weight.is_cuda and gigabytes is None:
+        cache, prompt = make(1), torch.zeros(1, positions, dtype=torch.long, device=weight.device)
+        working = peak(lambda: model(prompt, cache, gain=gain, last=True))
+        cache, logits, ones = None, weight.new_zeros(rows, config.vocab_size), torch.ones(rows, device=weight.device)
+        working += peak(lambda: sample(logits, *(ones.to(dtype) for dtype in SETTINGS.values()), ones.long()))
+        working += make(rows, pages=0).bytes.allocated
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        memory = free - working - 0.03 * total
+    per_head = -(-positions // 16)
+    return max(0, min(int(memory // (2 * 16 * config.head_dim * weight.element_size())),
+                      rows * config.n_layer * config.n_kv_head * per_head))
+
+
+class Progress:
+    """A line about an engine's run every second, or every ten where nobody looks at a terminal."""
+
+    def __init__(self, engine, total, done):
+        self.engine, self.total, self.done, self.tokens, self.failed = engine, total, done, 0, 0
+        self.first, self.start, self.shown = done, time.perf_counter(), time.perf_counter()
+
+    def seconds(self):
+        return time.perf_counter() - self.start
+
+    def __call__(self):
+        terminal = sys.stderr.isatty()
+        if time.perf_counter() - self.shown > (1 if terminal else 10):
+            self.shown = time.perf_counter()
+            print(f"{self}   ", end="\r" if terminal else "\n", file=sys.stderr, flush=True)
+
+    def __str__(self):
+        engine, answered = self.engine, self.done - self.first
+        held, pages = engine.known.values(), len(engine.cache.free)
+        slots = sum(h.slots for h in held)
+        cr = f"CR {sum(h.fed for h in held) * engine.heads / slots:.2f}  " if slots else ""
+        left = self.seconds() * (self.total - self.done) / answered if answered else 0
+        return (f"{self.done:,}/{self.total:,} requests  {self.tokens / max(self.seconds(), 1e-9):,.0f} tokens/s  "
+                f"pages {pages - engine.free:,}/{pages:,}  {cr}{f'{left:,.0f} s left' if left else ''}")
+
+    def summary(self):
+        engine, seconds = self.engine, max(self.seconds(), 1e-9)
+        host = f", the host busy for {1 - engine.waited / seconds:.0%} of it" if engine.tokens.is_cuda else ""
+        return (f"{self.done - self.first:,} requests, {self.tokens:,} tokens in {seconds:.1f} s, {self.tokens / seconds:,.0f} "
+                f"tokens/s; {engine.steps:,} steps, {1000 * seconds / max(engine.steps, 1):.1f} ms per step{host}; "
+                f"{engine.preempted:,} preempted; {self.first:,} were done before, {self.failed:,} have errors.")
+
+
+def profiler(path):
+    """A torch.profiler over steps 10 to 30, or an object that does nothing where path is None."""
+    if not path:
+        return nullcontext()
+    try:
+        path.write_text("")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); check --profile.") from None
+    write = lambda prof: path.write_text(prof.key_averages().table(sort_by="self_cpu_time_total", row_limit=30))
+    return torch.profiler.profile(schedule=torch.profiler.schedule(wait=8, warmup=2, active=20, repeat=1), on_trace_ready=write)
+
+
+def answer_prompts(args, model, tokenizer, facts, done):
+    """Run --prompts to --out, a line per result; `done`: what read_results found there."""
+    rows, gain = args.batch or (128 if next(model.parameters()).is_cuda else 32), chosen_gain(args, model, facts)
+    engine = Engine(model, rows, pages_that_fit(model, rows, args.cache_gb, gain), tokenizer.stops, gain)
+    with args.prompts.open("rb") as lines:
+        progress = Progress(engine, sum(1 for line in lines if line.strip()), len(done))
+        lines.seek(0)
+        with args.out.open("ab", buffering=0) as out, profiler(args.profile) as profile:
+            def each_step():
+                progress()
+                if profile:
+                    profile.step()
+            for result in engine.run(read_requests(lines, done, args, tokenizer), each_step):
+                line = dict(result.request.key)
+                if result.error:
+                    print(f"generate.py: {args.prompts}, line {line['line']}: {result.error}", file=sys.stderr)
+                    line["error"] = result.error
+                else:
+                    line |= {"text": tokenizer.token_bytes(result.ids).decode("utf-8", "replace"), "tokens": len(result.ids),
+                             "finish": result.finish, "cr": round(result.cr, 4)}
+                data = json.dumps(line).encode() + b"\n"
+                try:
+                    while data:
+                        data = data[out.write(data):]
+                except OSError as error:
+                    raise InputError(f"{args.out} cannot be written ({error.strerror}); free some space, and the same command "
+                                     "goes on from here.") from None
+                progress.done += 1
+                progress.tokens += len(result.ids)
+                progress.failed += result.error is not None
+    print(progress.summary())
+    if progress.failed:
+        raise InputError(f"{progress.failed} of the prompts could not be continued; {args.out} has a sentence for each.")
+
+
 def run(args):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda asks for a GPU that PyTorch does not see; leave it out, or check nvidia-smi.")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.prompts and not args.out:
+        raise InputError("--prompts needs --out, a file for the results.")
+    if args.prompts and not args.prompts.is_file():
+        raise InputError(f"{args.prompts} is no file; check --prompts.")
+    done = read_results(args.out) if args.prompts else None
     if args.random_weights:
         name, facts, tokenizer = f"{args.ckpt}, random weights", {}, Tokenizer.bytes()
         model = random_model(args.ckpt, OPS[args.ops], device)
@@ -754,9 +968,13 @@ def run(args):
         facts = read_json(name / "config.json").get("dmc", {})
     text = read_text(args.prompt_file, "--prompt-file") if args.prompt_file else args.prompt
     prompt = tokenizer.encode(text, prefix=True)
+    if not prompt:
+        raise InputError(EMPTY)
     print(f"{name}\n")
     if args.show_merges:
         show_merges(args, model, tokenizer, prompt, name)
+    elif args.prompts:
+        answer_prompts(args, model, tokenizer, facts, done)
     else:
         stream_samples(args, model, tokenizer, prompt, facts)
 
@@ -769,6 +987,9 @@ def main(argv=None):
         return 0
     except InputError as error:
         print(f"generate.py: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("generate.py: the GPU's memory ran out; lower --cache-gb or --batch.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -44,6 +44,8 @@ settings.register_profile("dmc", deadline=None, max_examples=25, derandomize=Tru
                           suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 settings.load_profile("dmc")
 torch.set_num_threads(2)
+INTERPRETED = dmc_fast.INTERPRETED
+on_cpu = pytest.mark.skipif(INTERPRETED, reason="PyTorch's operations are tested without the interpreter")
 
 
 # ------------------------------------------------------------------------------------------------ oracles
@@ -1058,6 +1060,234 @@ def test_merges_page_in_a_browser(tmp_path):
         texts = [html.unescape(re.sub("<.*?>", "", span)) for span in re.findall("<span.*?>(.*?)</span>", spans, re.DOTALL)]
         assert texts == expected[head] and len(texts) > 2
         assert f"layer {head[0]}, head {head[1]}</td><td>{len(texts)}</td><td>{len(tokenizer.encode(text))}</td>" in table
+# ------------------------------------------------------------------------------------------------ many prompts
+
+@pytest.fixture
+def one_thread():
+    """Steps of tiny models are faster so, by far on a busy machine."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(2)
+
+
+def alone(model, request, stops=(), gain=None):
+    """What one request gives by itself through the reference: ids and CR."""
+    reference = Transformer(model.config).to(next(model.parameters()).dtype)
+    reference.load_state_dict(model.state_dict())
+    cache = Cache(model.config, 1, dtype=torch.float64)
+    choose = generate.chooser(**{name: getattr(request, name) for name in generate.SETTINGS})
+    ids = list(generate.generate(reference, cache, request.prompt, request.count, choose, stops, gain))
+    return ids, cache.compression_ratio
+
+
+def requests_of(seed, n, prompts=(1, 2, 15, 16, 17, 30), counts=(1, 2, 15, 20, 34)):
+    rng = np.random.default_rng(seed)
+    return [generate.Request(rng.integers(0, 29, rng.choice(prompts)).tolist(), int(rng.choice(counts)),
+                             float(rng.choice([0, 0.5, 1.0])), int(rng.choice([0, 5])), float(rng.choice([0.8, 1.0])),
+                             int(rng.integers(100)), key=i) for i in range(n)]
+
+
+def assert_nothing_is_lost(engine):
+    pages = len(engine.cache.free)
+    assert engine.cache.left.item() == pages and sorted(engine.cache.free.tolist()) == list(range(pages))
+    assert sorted(engine.idle) == list(range(len(engine.tokens))) and not engine.cache.failed.item()
+
+
+@on_cpu
+@given(seeds, st.sampled_from([-0.5, 0.5, 1e9]), st.sampled_from([dmc, dmc_fast]), st.integers(1, 3),
+       st.sampled_from([1, 2, 4, 5, 7]), st.sampled_from([None, 3]), st.booleans())
+@settings(max_examples=25)
+def test_every_request_gets_what_it_gets_alone(one_thread, seed, c, ops, rows, pages, window, greedy):
+    """Few rows and pages: requests wait, are admitted, preempted, or too large; each text is as by itself through dmc.py."""
+    model = model_of(seed % 20, (4, 1), window, ops, c=c)
+    requests, stops = requests_of(seed, 6), [seed % 29]
+    for request in requests:
+        request.temperature *= not greedy
+    engine = generate.Engine(model, rows, 2 * pages, stops)
+    results = list(engine.run(requests))
+    assert sorted(r.request.key for r in results) == list(range(6))
+    for result in results:
+        ids, cr = alone(model, result.request, stops)
+        if result.error:        # only what might take a page more per head than there is
+            assert f"{2 * pages} pages" in result.error and len(result.request.prompt) + len(ids) >= 16 * pages - 1
+        else:
+            assert result.ids == ids and result.cr == pytest.approx(cr)
+            assert result.finish == ("length" if len(ids) == result.request.count else "stop")
+    assert_nothing_is_lost(engine)
+
+
+@on_cpu
+@pytest.mark.parametrize("c,pages", [(1e9, 8), (0.5, 6)])
+def test_a_full_pool_preempts_the_youngest(one_thread, c, pages):
+    """Two that fit one by one, not together: nobody is refused, the older one is never stopped."""
+    model = model_of(3, (4, 2), c=c)
+    requests = [generate.Request([i], 60 if c > 1 else 50, 1.0, seed=i, key=i) for i in range(2)]
+    engine = generate.Engine(model, 2, 2 * pages)
+    results = list(engine.run(requests))
+    assert engine.preempted > 0 and [r.request.key for r in results] == [0, 1]
+    assert all((r.ids, r.cr) == (alone(model, r.request)[0], pytest.approx(alone(model, r.request)[1])) for r in results)
+    assert_nothing_is_lost(engine)
+
+
+@on_cpu
+def test_a_preempted_sequence_may_be_larger_than_the_pool_uncompressed(one_thread):
+    """What merges fits, though its tokens would not: its prefix is prefilled, and the rest fed token by token."""
+    model = model_of(0, (4, 1), c=-1e9)                          # merges everything
+    request = generate.Request(list(range(29)) + list(range(20)), 10, 1.0, seed=1)
+    engine = generate.Engine(model, 1, 2)
+    result, = engine.run([request])
+    assert result.ids == alone(model, request)[0] and result.cr == 58 and engine.steps > 30
+    assert_nothing_is_lost(engine)
+
+
+@on_cpu
+def test_without_decisions_the_engine_is_a_plain_one(one_thread):
+    model = model_of(4, (4, 2))
+    requests = requests_of(0, 4)
+    engine = generate.Engine(model, 3, 40, gain=0.0)
+    for result in engine.run(requests):
+        assert (result.ids, result.cr) == (alone(model, result.request, gain=0.0)[0], 1.0)
+    plain = generate.Engine(model, 1, 4, gain=0.0)
+    with pytest.raises(InputError, match="needs 8 pages of cache, and there are 4"):
+        plain.submit(generate.Request([1] * 17, 5))
+
+
+@on_cpu
+def test_cancelled_requests_leave_nothing_behind(one_thread):
+    model = model_of(1, (4, 2))
+    engine = generate.Engine(model, 2, 32)
+    requests = requests_of(5, 5, counts=(20,))
+    for request in requests:
+        engine.submit(request)
+    results = engine.step() + engine.step() + engine.step()
+    assert not results and engine.cancel(4) and engine.cancel(0) and not engine.cancel(0)       # one waits, one runs
+    results = list(engine.run([]))
+    assert sorted(r.request.key for r in results) == [1, 2, 3]
+    assert all(r.ids == alone(model, r.request)[0] for r in results)
+    for request in requests:
+        engine.submit(request)
+    leaving = lambda: [seq.request.key for report in engine.pending for seq in report.asked.values()
+                       if seq not in engine.running.values()]
+    while not leaving():                                         # until one has its last token on the way
+        engine.step()
+    key = leaving()[0]
+    assert engine.cancel(key) and key not in {r.request.key for r in engine.run([])}
+    assert_nothing_is_lost(engine)
+
+
+@on_cpu
+def test_what_an_engine_refuses(one_thread):
+    model = model_of(0, (4, 2))
+    engine = generate.Engine(model, 1, 4)
+    with pytest.raises(InputError, match="3 pages for 4 heads"):
+        generate.Engine(model, 1, 3)
+    for request, words in ((generate.Request([], 1), "empty"), (generate.Request([1] * 64), "64 tokens does not fit"),
+                           (generate.Request([1] * 60, 5), "60 tokens and 5 more")):
+        result, good = engine.run([request, generate.Request([1], 1)])
+        assert words in result.error and len(good.ids) == 1
+    with torch.no_grad():
+        model.embed_tokens.weight[7] = torch.nan
+    bad, good = sorted(generate.Engine(model, 2, 8).run([generate.Request([7], 3), generate.Request([1, 2], 3, key=1)]),
+                       key=lambda r: r.error is None)
+    assert "not numbers" in bad.error and (good.error or good.ids == alone(model, good.request)[0])
+    assert_nothing_is_lost(engine)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("greedy", [True, False])
+def test_graphs_replay_what_the_step_does_on_a_gpu(greedy):
+    """The same tokens from the engine's graphs as from its step run eagerly, and no wait for the device in between."""
+    torch.manual_seed(0)
+    model = Transformer(config_of((4, 2), head_dim=16), dmc_fast).cuda().bfloat16()
+    results = []
+    for eager in (False, True):
+        engine = generate.Engine(model, 3, 60)
+        for kind in (True, False):
+            with torch.no_grad():
+                engine.graphs[kind] = engine._capture(kind) if not eager else types.SimpleNamespace(
+                    replay=lambda e=engine, k=kind: (setattr(e.cache, "seen", [1] * len(e.cache.seen)), e._step(k)))
+        requests = requests_of(1, 8)
+        for request in requests:
+            request.temperature *= not greedy
+        list(engine.run(requests))                               # compiles the prefill's kernels
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            results.append({r.request.key: r.ids for r in engine.run(requests)})
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert results[0] == results[1] and len(results[0]) == 8
+
+
+PROMPTS = [
+    {"prompt": "1 times"}, {"prompt": "2 ti", "id": "two", "temperature": 0, "tokens": 6},
+    "{", "[]", '{"prompt": 3}', {"prompt": ""}, {"prompt": "x" * 17}, {"prompt": "3", "seed": -1}, "",
+    {"prompt": "4", "tokens": 1.5}, {"prompt": "\ud800"}, b"\xff\xfe{", {"prompt": "5", "id": [1]},
+    {"prompt": "6", "top_p": "0.5"},
+    {"prompt": "7 is", "seed": 3, "top_k": 2, "top_p": 0.5, "tokens": None, "id": 1}, {"prompt": "8", "tokens": 12}]
+BAD_LINES = {3: "no JSON", 4: "an object", 5: "an object", 6: "empty", 7: "17 tokens", 8: "seed", 10: "tokens", 11: "surrogate",
+             12: "no JSON", 13: "an id", 14: "top_p"}
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b"\n".join(x if isinstance(x, bytes) else (x if isinstance(x, str) else json.dumps(x)).encode()
+                                for x in PROMPTS))
+    return path
+
+
+def lines_of(path):
+    return sorted((json.loads(line) for line in path.read_text().splitlines()), key=lambda line: line["line"])
+
+
+def prompts_command(finished, prompts, out, *more):
+    return ["--ckpt", str(finished), "--prompts", str(prompts), "--out", str(out), "--batch", "3", "--cache-gb", "1e-4", *more]
+
+
+def test_a_file_of_prompts(finished, prompts, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    command = prompts_command(finished, prompts, out, "--temperature", "1.5", "--profile", str(tmp_path / "profile"))
+    assert generate.main(command) == 2                           # because of the lines that are at fault
+    captured = capsys.readouterr()
+    results = {line["line"]: line for line in lines_of(out)}
+    assert sorted(results) == [n for n, x in enumerate(PROMPTS, 1) if x]
+    assert {n for n, line in results.items() if "error" in line} == set(BAD_LINES)
+    for n, words in BAD_LINES.items():
+        assert words in results[n]["error"] and f"prompts.jsonl, line {n}: {results[n]['error']}" in captured.err
+    assert "11 of the prompts could not be continued" in captured.err.splitlines()[-1] and "Traceback" not in captured.err
+    assert "15 requests" in captured.out and "self" in (tmp_path / "profile").read_text().lower()
+    assert results[2]["id"] == "two" and results[2]["tokens"] == 6 and results[15]["id"] == 1
+    for n in set(results) - set(BAD_LINES):                      # each as the command gives for one prompt
+        flags = [x for name in ("temperature", "seed", "top_k", "top_p", "tokens") if PROMPTS[n - 1].get(name) is not None
+                 for x in (f"--{name.replace('_', '-')}", str(PROMPTS[n - 1][name]))]
+        prompt = PROMPTS[n - 1]["prompt"]
+        assert generate.main(["--ckpt", str(finished), "--temperature", "1.5", "--prompt", prompt, *flags]) == 0
+        shown = capsys.readouterr().out.split("\n\n", 1)[1]
+        assert shown.startswith(prompt + results[n]["text"] + "\n\n")
+        assert f"CR {results[n]['cr']:.2f}\n" in shown or results[n]["cr"] == 1
+    before = out.read_bytes()
+    assert generate.main(command) == 0 and out.read_bytes() == before and "0 requests" in capsys.readouterr().out
+    prompts.write_bytes(prompts.read_bytes().replace(b"2 ti", b"2 tu"))
+    assert "other prompts than" in refusal(generate.main, command, capsys, tmp_path) and out.read_bytes() == before
+
+
+def test_a_killed_run_of_prompts_goes_on(finished, tmp_path):
+    """SIGKILL at any moment, also in the middle of a line: in the end every result once, the same as without a kill."""
+    prompts, outs = tmp_path / "prompts.jsonl", [tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"]
+    prompts.write_text("".join(json.dumps({"prompt": f"{i} times", "seed": i, "tokens": 1 + i % 7}) + "\n" for i in range(150)))
+    whole, killed = (prompts_command(finished, prompts, out) for out in outs)
+    assert generate.main(whole) == 0
+    for lines in (3, 40):
+        run = subprocess.Popen([sys.executable, HERE / "generate.py", *killed], stdout=subprocess.DEVNULL)
+        while run.poll() is None and not (outs[1].exists() and outs[1].read_bytes().count(b"\n") >= lines):
+            time.sleep(0.001)
+        run.kill()
+        run.wait()
+        assert lines_of(outs[1])
+        with outs[1].open("ab") as f:
+            f.write(outs[0].read_bytes()[:lines])                # half a line
+    assert generate.main(killed) == 0
+    assert lines_of(outs[1]) == lines_of(outs[0]) and len(lines_of(outs[0])) == 150
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -1098,6 +1328,15 @@ BAD_GENERATE = {
     "no prompt file": ["--prompt-file", "missing"],
     "not a number": ["--tokens", "few"],
     "unknown cache": ["--cache", "tiny"],
+    "prompts without out": ["--prompts", "short"],
+    "no prompts": ["--prompts", "missing", "--out", "results"],
+    "results to a folder": ["--prompts", "short", "--out", "truncated"],
+    "results below a file": ["--prompts", "short", "--out", "short/results"],
+    "results over the prompts": ["--prompts", "short", "--out", "short"],
+    "results over something else": ["--prompts", "short", "--out", "binary"],
+    "no profile": ["--prompts", "short", "--out", "results", "--profile", "short/profile"],
+    "no GPU": ["--device", "cuda"],
+    "a pool too small for one page": ["--prompts", "short", "--out", "results", "--cache-gb", "1e-9"],
 }
 
 
@@ -1106,6 +1345,7 @@ def messy_folder(tmp_path, monkeypatch, finished):
     (tmp_path / "binary").write_bytes(bytes(range(256)) * 10)
     (tmp_path / "short").write_text("short")
     (tmp_path / "shortish").write_text("x" * 200)
+    (tmp_path / "results").touch()
     (tmp_path / "truncated").mkdir()
     weights = (finished / "cr2/model.safetensors").read_bytes()
     (tmp_path / "truncated/model.safetensors").write_bytes(weights[:len(weights) // 2])
@@ -1152,6 +1392,8 @@ def test_resume_refuses_other_text_and_damaged_state(tmp_path, finished, capsys)
 
 @pytest.mark.parametrize("case", BAD_GENERATE)
 def test_generate_refuses(case, messy_folder, capsys, finished):
+    if case == "no GPU" and torch.cuda.is_available():
+        pytest.skip("there is one")
     checkpoint = [] if "--ckpt" in BAD_GENERATE[case] else ["--ckpt", str(finished)]
     assert refusal(generate.main, [*checkpoint, *BAD_GENERATE[case]], capsys, messy_folder).startswith("generate.py: ")
 
@@ -2052,8 +2294,6 @@ def test_smollm2_is_retrofitted(smollm2, smollm2_pair, english, tmp_path, capsys
 # has it, for the tests marked `kernels` and for those of the cache, which run here too, without kernels. Tolerances are a
 # multiple of the error that dmc.py makes in the same precision.
 
-INTERPRETED = dmc_fast.INTERPRETED
-on_cpu = pytest.mark.skipif(INTERPRETED, reason="PyTorch's operations are tested without the interpreter")
 kernels = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_kernels_in_the_interpreter starts")
 needs_triton = pytest.mark.skipif(dmc_fast.triton is None, reason="Triton is not installed")
 
