@@ -818,11 +818,7 @@ def read_request(text, key, args, tokenizer):
             settings[name] = None if value is None else limit(json.dumps(value))
         except (ValueError, argparse.ArgumentTypeError):
             raise InputError(f"{name} cannot be {json.dumps(value)[:40]}; see --{name.replace('_', '-')} in --help.") from None
-    try:
-        prompt = tokenizer.encode(fields["prompt"], prefix=True)
-    except UnicodeEncodeError:
-        raise InputError("the prompt has half of a surrogate pair; write its characters whole.") from None
-    return Request(prompt, settings.pop("tokens"), **settings, key=key)
+    return Request(tokenizer.encode(fields["prompt"], prefix=True), settings.pop("tokens"), **settings, key=key)
 
 
 def read_requests(lines, done, args, tokenizer):

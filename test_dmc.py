@@ -1221,11 +1221,11 @@ def test_graphs_replay_what_the_step_does_on_a_gpu(greedy):
 PROMPTS = [
     {"prompt": "1 times"}, {"prompt": "2 ti", "id": "two", "temperature": 0, "tokens": 6},
     "{", "[]", '{"prompt": 3}', {"prompt": ""}, {"prompt": "x" * 17}, {"prompt": "3", "seed": -1}, "",
-    {"prompt": "4", "tokens": 1.5}, {"prompt": "\ud800"}, b"\xff\xfe{", {"prompt": "5", "id": [1]},
+    {"prompt": "4", "tokens": 1.5}, b"\xff\xfe{", {"prompt": "5", "id": [1]},
     {"prompt": "6", "top_p": "0.5"},
     {"prompt": "7 is", "seed": 3, "top_k": 2, "top_p": 0.5, "tokens": None, "id": 1}, {"prompt": "8", "tokens": 12}]
-BAD_LINES = {3: "no JSON", 4: "an object", 5: "an object", 6: "empty", 7: "17 tokens", 8: "seed", 10: "tokens", 11: "surrogate",
-             12: "no JSON", 13: "an id", 14: "top_p"}
+BAD_LINES = {3: "no JSON", 4: "an object", 5: "an object", 6: "empty", 7: "17 tokens", 8: "seed", 10: "tokens", 11: "no JSON",
+             12: "an id", 13: "top_p"}
 
 
 @pytest.fixture
@@ -1254,9 +1254,9 @@ def test_a_file_of_prompts(finished, prompts, tmp_path, capsys):
     assert {n for n, line in results.items() if "error" in line} == set(BAD_LINES)
     for n, words in BAD_LINES.items():
         assert words in results[n]["error"] and f"prompts.jsonl, line {n}: {results[n]['error']}" in captured.err
-    assert "11 of the prompts could not be continued" in captured.err.splitlines()[-1] and "Traceback" not in captured.err
-    assert "15 requests" in captured.out and "self" in (tmp_path / "profile").read_text().lower()
-    assert results[2]["id"] == "two" and results[2]["tokens"] == 6 and results[15]["id"] == 1
+    assert "10 of the prompts could not be continued" in captured.err.splitlines()[-1] and "Traceback" not in captured.err
+    assert "14 requests" in captured.out and "self" in (tmp_path / "profile").read_text().lower()
+    assert results[2]["id"] == "two" and results[2]["tokens"] == 6 and results[14]["id"] == 1
     for n in set(results) - set(BAD_LINES):                      # each as the command gives for one prompt
         flags = [x for name in ("temperature", "seed", "top_k", "top_p", "tokens") if PROMPTS[n - 1].get(name) is not None
                  for x in (f"--{name.replace('_', '-')}", str(PROMPTS[n - 1][name]))]
