@@ -913,11 +913,14 @@ def profiler(path):
 
 def answer_prompts(args, model, tokenizer, facts, done):
     """Run --prompts to --out, a line per result; `done`: what read_results found there."""
-    rows, gain = args.batch or (128 if next(model.parameters()).is_cuda else 32), chosen_gain(args, model, facts)
-    engine = Engine(model, rows, pages_that_fit(model, rows, args.cache_gb, gain), tokenizer.stops, gain)
+    gain = chosen_gain(args, model, facts)
     with args.prompts.open("rb") as lines:
-        progress = Progress(engine, sum(1 for line in lines if line.strip()), len(done))
+        total = sum(1 for line in lines if line.strip())
         lines.seek(0)
+        rows = args.batch or (128 if next(model.parameters()).is_cuda else 32)
+        rows = max(1, min(rows, total - len(done)))
+        engine = Engine(model, rows, pages_that_fit(model, rows, args.cache_gb, gain), tokenizer.stops, gain)
+        progress = Progress(engine, total, len(done))
         with args.out.open("ab", buffering=0) as out, profiler(args.profile) as profile:
             def each_step():
                 progress()
