@@ -811,7 +811,8 @@ class Cache(dmc.Cache):
         self.free, self.left = torch.arange(pages, **ints), torch.full((1,), pages, **ints)
         self.failed = torch.zeros(1, **ints)
         self.order = torch.arange(B * G, **ints).repeat(L, 1)
-        self.pool_k, self.pool_v = (torch.empty(pages + 1, page_size, D, device=device, dtype=dtype) for _ in range(2))
+        make = torch.empty if self.kernels else torch.zeros      # without them, what nobody wrote is read, and then masked
+        self.pool_k, self.pool_v = (make(pages + 1, page_size, D, device=device, dtype=dtype) for _ in range(2))
         table = dmc.rotary_table(config, config.max_seq_len, device)
         self.cos, self.sin = (x.to(self.open_omega.dtype).contiguous() for x in table)
         processors = torch.cuda.get_device_properties(self.free.device).multi_processor_count if on_gpu else 1
@@ -855,6 +856,9 @@ class Cache(dmc.Cache):
         at, freed = (left + i) % total, owned.sum()
         self.free[at] = torch.where(i < freed, pages, self.free[at])
         self.left.copy_(left + freed)
+        if not self.kernels:                                     # the next owner masks what it reads, but NaN shines through
+            for pool in (self.pool_k, self.pool_v):
+                pool[pages[:freed]] = 0
         self.lengths[:, rows], self.ages[:, rows] = 0, -1
 
     def admit(self, rows):
@@ -958,10 +962,9 @@ class Cache(dmc.Cache):
         self.lengths[layer] += (running & ~merge).int()
         self.ages[layer] += running.int()
         pages = self.table[layer, :, :, :-(-int(self.lengths[layer].max()) // self.page_size)]
-        keys, values = (pool[pages].flatten(2, 3) for pool in (self.pool_k, self.pool_v))
+        keys, values = (pool.index_select(0, pages.flatten()).view(*pages.shape[:2], -1, pool.size(-1))
+                        for pool in (self.pool_k, self.pool_v))
         used = torch.arange(keys.size(2), device=k.device) < self.lengths[layer][..., None]
-        for x in (keys, values):
-            x.masked_fill_(~used[..., None], 0)                  # what nobody wrote, or a NaN of the page's last owner
         used = used.repeat_interleave(q.size(1) // k.size(1), dim=1)[:, :, None]         # (B, H, 1, slots)
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=used, enable_gqa=q.size(1) != k.size(1))
         return y.masked_fill(~running[:, :1, None, None], 0)

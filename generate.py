@@ -1046,7 +1046,7 @@ class Bench:
         begun, pages = (int((tokens * kept / 16 + 0.5).sum()) for tokens in (self.prompt, self.prompt + self.count))
         for _ in range(3):                                       # what a row takes besides pages depends on how many there are
             fit = pages_that_fit(self.model, batch, self.gigabytes, gain, capped=False)
-            batch = int(0.99 * min(fit / pages, (fit - heads * (self.prompt // 16 + 1)) / (begun + heads)))
+            batch = int(0.99 * min(fit / pages, (fit - heads * (self.prompt // 16 + 1)) / (begun + 1.5 * heads)))
             if batch < 1:
                 raise InputError(f"a sequence of {self.prompt + self.count} tokens takes {pages:,} pages of cache, and there "
                                  f"are {fit:,}; lower --prompt-tokens or --tokens, or raise --cache-gb.")
@@ -1195,8 +1195,8 @@ PEERS = {"transformers, static cache": by_transformers, "one static tensor, comp
 # --- the table
 
 COLUMNS = (("batch", "batch", "d"), ("tokens_per_second", "tokens/s", ",.0f"), ("ratio", "ratio", ".2f"), ("cr", "CR", ".2f"),
-           ("ms_per_step", "ms/step", ".1f"), ("prefill_ms", "prefill ms", ".0f"), ("kv_bytes_logical", "KV GB", ".2f"),
-           ("kv_bytes_allocated", "paged GB", ".2f"), ("peak_bytes", "peak GB", ".1f"), ("page_waste", "waste", ".1%"),
+           ("ms_per_step", "ms/step", ".1f"), ("prefill_ms", "prefill ms", ".0f"), ("kv_bytes_logical", "KV GB", ".3g"),
+           ("kv_bytes_allocated", "paged GB", ".3g"), ("peak_bytes", "peak GB", ".3g"), ("page_waste", "waste", ".1%"),
            ("attention_share", "attention", ".0%"), ("share_of_memory_bound_limit", "of limit", ".0%"))
 
 
@@ -1329,7 +1329,7 @@ def benchmark(args, device):
     plot = path.with_suffix(".png")
     drawn = plot_bench([row for row in rows if row["prompt"] == prompts[0] and row["kind"] != "alone"], plot)
     print("\nThe paper's own ratios, on an H100 with Megatron-LM: 3.4 to 3.7 at CR 4, up to 7 at CR 8 (published, not measured "
-          f"here).\nFigures are in {path}" + (f", drawn in {plot}." if drawn else "; with matplotlib installed there is a plot too."))
+          f"here).\nFigures are in {path}" + (f", drawn in {plot}." if drawn else "; with matplotlib there is a plot too."))
 
 
 def run(args):
