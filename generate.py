@@ -1081,10 +1081,9 @@ class Bench:
             engine.step()
         synchronize(self.device)
         step, after = (time.perf_counter() - start) / (engine.steps - half), self._held(engine)
-        slots, used = ((a + b) / 2 for a, b in zip(before, after, strict=True))
+        tokens, slots, used = ((a + b) / 2 for a, b in zip(before, after, strict=True))
         logical = slots * 2 * self.config.head_dim * self.dtype.itemsize
         limit = (self.weights + logical) / self.bandwidth
-        tokens = batch * (self.prompt + (half + self.count) / 2) * self.config.n_layer * self.config.n_kv_head
         return {"batch": batch, "cr": tokens / slots, "tokens_per_second": batch / step, "ms_per_step": 1e3 * step,
                 "prefill_ms": 1e3 * prefill, "kv_bytes_logical": logical, "kv_bytes_allocated": used * self.page,
                 "pool_bytes": pages * self.page, "page_waste": 1 - logical / (used * self.page),
@@ -1100,9 +1099,9 @@ class Bench:
         engine.steps = 0
 
     def _held(self, engine):
-        """Slots and pages in use, of all heads."""
-        lengths = engine.cache.lengths
-        return int(lengths.sum()), int((-(-lengths // engine.cache.page_size)).sum())
+        """Tokens, slots and pages, of all heads."""
+        lengths, ages = engine.cache.lengths, engine.cache.ages
+        return int(ages.clamp(min=0).sum()), int(lengths.sum()), int((-(-lengths // engine.cache.page_size)).sum())
 
 
 # --- peers: they decode at the lengths of the last half, after a prompt that stands for all before it
@@ -1118,14 +1117,10 @@ def timed(step, count, device):
     return (time.perf_counter() - start) / (count - count // 4)
 
 
-@torch.no_grad()
-def by_transformers(bench, batch):
-    """Seconds per step of `transformers` with its static cache, compiled on a GPU, on the same weights; None without it."""
-    try:
-        from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
-    except ImportError:
-        return None
-    c, count, start = bench.config, bench.count // 2, bench.prompt + bench.count // 2
+def as_transformers(bench):
+    """The same weights, not copied, as a model of `transformers`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    c = bench.config
     with torch.device("meta"):
         theirs = LlamaForCausalLM(LlamaConfig(
             vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layer,
@@ -1134,7 +1129,17 @@ def by_transformers(bench, batch):
     weights = {name if name.startswith("lm_head") else f"model.{name}": p for name, p in bench.model.state_dict().items()}
     theirs.load_state_dict(weights, assign=True)
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config).to(bench.device)
-    theirs.eval()
+    return theirs.eval()
+
+
+@torch.no_grad()
+def by_transformers(bench, batch):
+    """Seconds per step of `transformers` with its static cache, compiled on a GPU, on the same weights; None without it."""
+    try:
+        from transformers import StaticCache
+    except ImportError:
+        return None
+    theirs, count, start = as_transformers(bench), bench.count // 2, bench.prompt + bench.count // 2
     cache = StaticCache(config=theirs.config, max_cache_len=start + count)
     forward = torch.compile(theirs.forward, mode="reduce-overhead") if bench.device.type == "cuda" else theirs.forward
     token, at = (torch.zeros(*size, dtype=torch.long, device=bench.device) for size in ((batch, 1), (1,)))
@@ -1297,10 +1302,8 @@ def benchmark(args, device):
     gigabytes = args.cache_gb if args.cache_gb is not None or on_gpu else 0.005
     if count < 16:
         raise InputError(f"--tokens {count} is too few to measure; give at least 16.")
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); check --out.") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path} cannot be written; check --out.")
     model, name, texts = bench_model(args, device)
     if max(prompts) + count > model.config.max_seq_len:
         raise InputError(f"{max(prompts)} tokens and {count} more do not fit the model's {model.config.max_seq_len} positions; "

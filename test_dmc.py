@@ -1355,6 +1355,11 @@ BAD_GENERATE = {
     "results over something else": ["--prompts", "short", "--out", "binary"],
     "no profile": ["--prompts", "short", "--out", "results", "--profile", "short/profile"],
     "no GPU": ["--device", "cuda"],
+    "a benchmark too short": ["--bench", "--tokens", "4"],
+    "a benchmark too long": ["--bench", "--prompt-tokens", "9000"],
+    "a benchmark to a folder": ["--bench", "--out", "truncated"],
+    "a benchmark that does not fit": ["--bench", "--prompt-tokens", "8", "--tokens", "16", "--cache-gb", "1e-6"],
+    "an unknown shape": ["--bench", "--model", "gpt5"],
     "a pool too small for one page": ["--prompts", "short", "--out", "results", "--cache-gb", "1e-9"],
 }
 
@@ -1415,6 +1420,67 @@ def test_generate_refuses(case, messy_folder, capsys, finished):
         pytest.skip("there is one")
     checkpoint = [] if "--ckpt" in BAD_GENERATE[case] else ["--ckpt", str(finished)]
     assert refusal(generate.main, [*checkpoint, *BAD_GENERATE[case]], capsys, messy_folder).startswith("generate.py: ")
+
+
+# ------------------------------------------------------------------------------------------------ the benchmark
+
+@given(st.sampled_from([1.0, 1.5, 2.0, 4.0, 8.0]), seeds)
+@settings(max_examples=10)
+def test_forced_decisions_keep_what_they_should(cr, seed):
+    """On average 1 / CR of the tokens, each head its own part, and the cache shows it."""
+    config = config_of((8, 4), n_layer=6)
+    kept = generate.kept_parts(config, cr, seed)
+    assert kept.mean().item() == pytest.approx(1 / cr, rel=1e-4) and kept.max() <= 1
+    assert cr == 1 or kept.std() > 0.2 * kept.mean()
+    torch.manual_seed(seed)
+    cache = generate.forced(kept, "cpu")(config, 50)
+    q, k, v, alpha, omega = (x.float() for x in qkv(seed, (8, 4), 64, B=50))
+    cache.attend(3, q, k, v, alpha, omega)
+    expected = 1 + 63 * kept[3]                                  # the first token always appends
+    assert ((cache.lengths[3].double().mean(0) - expected).abs() < 5 * (63 * kept[3] * (1 - kept[3]) / 50).sqrt() + 1e-3).all()
+
+
+@torch.no_grad()
+def test_the_compiled_peer_attends_as_a_cache():
+    model = model_of(0, (8, 2), dmc=False)
+    tokens = torch.randint(0, 29, (2, 12))
+    reference = through_cache(model, tokens, 1)[0]
+    cache, logits = generate.StaticCache(model.config, 2, None, torch.float64, 0, 20), []
+    for t in range(12):
+        logits.append(model(tokens[:, t:t + 1], cache, last=True)[0])
+        cache.at.add_(1)
+    assert_close(torch.cat(logits, dim=1), reference, 1e-5)      # its angles are fp32
+
+
+@torch.no_grad()
+def test_the_transformers_peer_has_the_same_weights_and_logits():
+    oracle("transformers")
+    model = generate.random_model("toy", dmc_fast, "cpu", torch.float32)
+    bench = types.SimpleNamespace(model=model, config=model.config, device=torch.device("cpu"))
+    tokens = torch.randint(0, 512, (2, 20))
+    assert_close(generate.as_transformers(bench)(tokens).logits, model(tokens)[0], 1e-4)
+
+
+def test_bench_command(tmp_path, capsys, finished):
+    out = tmp_path / "folder.json"
+    command = ["--bench", "--device", "cpu", "--tokens", "16", "--prompt-tokens", "40", "--cache-gb", "0.002", "--out", str(out)]
+    assert generate.main([*command, "--cr", "3"]) == 0
+    shown, written = capsys.readouterr().out, json.loads(out.read_text())
+    assert "Decisions are forced" in shown and "published, not measured" in shown and "toy" in written["model"]
+    first, *rest = [row for row in written["rows"] if row["kind"] != "peer"]
+    largest = next(row for row in rest if row["name"] == "CR 3, largest batch")
+    assert first["ratio"] == 1 and first["cr"] == pytest.approx(1) and largest["cr"] == pytest.approx(3, rel=0.1)
+    assert largest["batch"] > 1.5 * first["batch"]
+    for row in written["rows"]:
+        if row["kind"] != "peer":
+            assert row["tokens_per_second"] == pytest.approx(1e3 * row["batch"] / row["ms_per_step"])
+            assert row["kv_bytes_logical"] < row["kv_bytes_allocated"] <= row["pool_bytes"] <= 0.002e9
+            assert 0 < row["attention_share"] < 1 and 0 < row["share_of_memory_bound_limit"] < 1 and row["preempted"] == 0
+    slots = first["batch"] * 2 * 4 * (40 + 11)                   # layers, heads, tokens at the middle of the last half
+    assert first["kv_bytes_logical"] == slots * 2 * 32 * 4
+    assert generate.main([*command, "--ckpt", str(finished / "cr2"), "--prompt-tokens", "24", "--batch", "1", "2",
+                          "--tokens", "16"]) == 2                # 16 positions
+    assert "16 positions" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ real checkpoints
