@@ -1463,8 +1463,8 @@ def test_the_transformers_peer_has_the_same_weights_and_logits():
 
 def test_bench_command(tmp_path, capsys, finished):
     out = tmp_path / "folder.json"
-    command = ["--bench", "--device", "cpu", "--tokens", "16", "--prompt-tokens", "40", "--cache-gb", "0.002", "--out", str(out)]
-    assert generate.main([*command, "--cr", "3"]) == 0
+    command = ["--bench", "--device", "cpu", "--tokens", "16", "--prompt-tokens", "40", "--cache-gb", "0.002", "--out"]
+    assert generate.main([*command, str(out), "--cr", "3"]) == 0
     shown, written = capsys.readouterr().out, json.loads(out.read_text())
     assert "Decisions are forced" in shown and "published, not measured" in shown and "toy" in written["model"]
     first, *rest = [row for row in written["rows"] if row["kind"] != "peer"]
@@ -1478,8 +1478,7 @@ def test_bench_command(tmp_path, capsys, finished):
             assert 0 < row["attention_share"] < 1 and 0 < row["share_of_memory_bound_limit"] < 1 and row["preempted"] == 0
     slots = first["batch"] * 2 * 4 * (40 + 11)                   # layers, heads, tokens at the middle of the last half
     assert first["kv_bytes_logical"] == slots * 2 * 32 * 4
-    assert generate.main([*command, "--ckpt", str(finished / "cr2"), "--prompt-tokens", "24", "--batch", "1", "2",
-                          "--tokens", "16"]) == 2                # 16 positions
+    assert generate.main([*command, str(out), "--ckpt", str(finished / "cr2"), "--batch", "1", "2"]) == 2
     assert "16 positions" in capsys.readouterr().err
 
 
