@@ -1054,7 +1054,7 @@ class Bench:
 
     def run(self, batch, gain=None, whole=True):
         """The figures of `batch` sequences that run together from first to last. whole False: most of the first half, over
-        which nothing is measured, is taken in with the prompt instead of generated, which leaves the cache in the same state."""
+        which nothing is measured, is taken in with the prompt instead of generated: the cache ends up in the same state."""
         pages = pages_that_fit(self.model, batch, self.gigabytes, gain)
         engine = Engine(self.model, batch, pages, gain=gain)
         skipped = 0 if whole else max(0, self.count // 2 - 8)
@@ -1087,8 +1087,9 @@ class Bench:
         logical = slots * 2 * self.config.head_dim * self.dtype.itemsize
         limit = (self.weights + logical) / self.bandwidth
         return {"batch": batch, "cr": tokens / slots, "tokens_per_second": batch / step, "ms_per_step": 1e3 * step,
-                "prefill_ms": 1e3 * prefill if whole else None, "kv_bytes_logical": logical, "kv_bytes_allocated": used * self.page,
-                "pool_bytes": pages * self.page, "page_waste": 1 - logical / (used * self.page),
+                "prefill_ms": 1e3 * prefill if whole else None, "kv_bytes_logical": logical,
+                "kv_bytes_allocated": used * self.page, "page_waste": 1 - logical / (used * self.page),
+                "pool_bytes": pages * self.page,
                 "peak_bytes": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None,
                 "attention_share": share, "share_of_memory_bound_limit": limit / step,
                 "host_share": 1 - (engine.waited - waited) / (step * (engine.steps - half)),
