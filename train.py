@@ -25,15 +25,18 @@ import time
 import warnings
 import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import dmc
-from dmc import Config, InputError, Tokenizer, read_json, write_atomically, write_json
-from generate import Parser, locate, provenance, random_model, read_text, runs_by_number
+import dmc_fast
+from dmc import Config, InputError, Tokenizer, Transformer, read_json, write_atomically, write_json
+from generate import Parser, locate, provenance, random_model, read_lines, read_text, runs_by_number
 
 # ------------------------------------------------------------------------------------------------ settings
 
@@ -65,6 +68,11 @@ class Settings:
     ffn_dim: int = setting(384, "width of its MLP")
     context: int = setting(128, "tokens per training sequence, and positions of the small model", 4096)
     batch: int = setting(8, "sequences per step", 1024)
+    micro_batch: int = setting(0, "sequences per forward and backward pass, on each card; gradients add up over the passes of a "
+                               "step; 0: the whole batch", 1)
+    precision: str = setting("fp32", "bf16: weights and AdamW's moments in bf16, rounded stochastically, one kept activation per "
+                             "layer, no full logits: 6 bytes per parameter, and 4 for the gradients' sums", "bf16",
+                             choices=["fp32", "bf16"])
     pretrain_steps: int = setting(1100, "steps of pretraining")
     free_steps: int = setting(100, "n of Eq. 12: steps over which the control channels fade", 250)
     retrofit_steps: int = setting(240, "steps over which the target CR rises from 1 to --cr", 18000)
@@ -94,7 +102,7 @@ class Settings:
             value = getattr(self, f.name)
             if isinstance(value, int | float) and not 0 <= value < math.inf:
                 raise InputError(f"{flag(f.name)} is {value}; give a number that is not negative.")
-        may_be_zero = {"seed", "pretrain_steps", "channel_lr_factor", "cr_weight", "window", "c", "warmup", "weight_decay",
+        may_be_zero = {"seed", "micro_batch", "pretrain_steps", "channel_lr_factor", "cr_weight", "window", "c", "warmup", "weight_decay",
                        "random_weights", "control"}
         for f in fields(self):
             if getattr(self, f.name) == 0 and f.name not in may_be_zero:
@@ -107,6 +115,8 @@ class Settings:
             raise InputError(f"--keep {' '.join(f'{cr:g}' for cr in self.keep)} leaves the range from 1 to --cr {self.cr:g}.")
         if self.random_weights and not self.init:
             raise InputError("--random-weights needs the name of a shape; add --init llama2-7b.")
+        if self.micro_batch and self.batch % self.micro_batch:
+            raise InputError(f"--batch {self.batch} is no multiple of --micro-batch {self.micro_batch}; choose one that is.")
         self.small_config()       # raises where the sizes contradict each other
 
     def kept(self):
@@ -117,6 +127,15 @@ class Settings:
         """The Config of the plain Llama that is pretrained where none is given."""
         return Config(vocab_size=257, n_layer=self.layers, n_head=self.heads, n_kv_head=self.kv_heads, dim=self.dim,
                       ffn_dim=self.ffn_dim, max_seq_len=self.context, **self.method(dmc=False))
+
+    @property
+    def lean(self):
+        """Whether memory is saved: by precision, recomputation and chunks."""
+        return self.precision == "bf16"
+
+    @property
+    def dtype(self):
+        return torch.bfloat16 if self.lean else torch.float32
 
     def method(self, dmc):
         """The entries of Config that a checkpoint's own give way to. dmc False: a plain Llama."""
@@ -166,11 +185,12 @@ def sequences(tokens, starts, length, device):
     return x[:, :-1], x[:, 1:]
 
 
-def batch(tokens, settings, position, device):
-    """The batch at a position of the data: sequences from random places, the same ones for every model that gets there."""
+def batch(tokens, settings, position, device, rows=None):
+    """The batch at a position of the data: sequences from random places, the same ones for every model that gets there.
+    rows: a range of them; None: all."""
     rng = np.random.default_rng([settings.seed, position])
     starts = rng.integers(0, len(tokens) - settings.context, settings.batch)
-    return sequences(tokens, starts, settings.context, device)
+    return sequences(tokens, starts if rows is None else starts[rows.start:rows.stop], settings.context, device)
 
 
 # ------------------------------------------------------------------------------------------------ phases
@@ -228,6 +248,131 @@ def plan(s, given=None):
     return phases
 
 
+# ------------------------------------------------------------------------------------------------ optimizer
+
+def new_optimizer(model, s, passes=1):
+    """AdamW; decay on matrices only. The learning rate is set at each step. passes: how many add up to a gradient."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    if s.lean:
+        return RoundingAdamW(groups, betas=(0.9, s.beta2), eps=s.eps, sums=passes > 1)
+    return torch.optim.AdamW(groups, betas=(0.9, s.beta2), eps=s.eps, fused=True)
+
+
+def round_stochastically(x, bits):
+    """fp32 to bf16, up or down with the probabilities that make the mean x. bits: int32, 16 random low bits each."""
+    return (x.view(torch.int32) + (bits & 0xFFFF) & -0x10000).view(torch.float32).bfloat16()
+
+
+def adamw(w, grad, m, v, bits, numbers):
+    """AdamW on flat bf16 tensors, in place, computed in fp32. bits: int32 noise. The moments are rounded like the weights,
+    since 1 - beta2 of a change may be less than bf16 can show; so nothing is lost but on average."""
+    clip, decay, rate, beta1, beta2, correction, eps = numbers.unbind()
+    grad = grad.float() * clip
+    mean = torch.lerp(grad, m.float(), beta1)
+    square = torch.lerp(grad * grad, v.float(), beta2)
+    w.copy_(round_stochastically(w.float() * decay - rate * mean / ((square * correction).sqrt() + eps), bits))
+    m.copy_(round_stochastically(mean, bits >> 16))
+    v.copy_(round_stochastically(square, bits >> 16))
+
+
+class RoundingAdamW(torch.optim.Optimizer):
+    """AdamW on bf16 weights with bf16 moments. At a learning rate of 3e-5 nearly every update is less than half of what a bf16
+    weight can show, so it is rounded stochastically, with noise from PyTorch's generator.
+
+    sums: gradients of several backward passes add up in fp32, each as soon as it exists, and is freed; a bf16 sum would lose
+    the later ones. An update within the backward pass would need no gradients at all, but clipping needs their norm first.
+    """
+    CHUNK = 2 ** 24          # parameters at a time, which bounds the fp32 temporaries
+
+    def __init__(self, groups, betas, eps, sums):
+        super().__init__(groups, dict(lr=0.0, betas=betas, eps=eps))
+        self.sums, self.factor = {}, None
+        for p in self.parameters():
+            self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            if sums:
+                self.sums[p] = torch.zeros_like(p, dtype=torch.float32)
+                p.register_post_accumulate_grad_hook(partial(add_gradient, self.sums[p]))
+        self.update = torch.compile(adamw) if p.is_cuda else adamw
+
+    def parameters(self):
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def gradient(self, p):
+        return self.sums[p] if self.sums else p.grad
+
+    def zero_grad(self):
+        super().zero_grad()
+        for total in self.sums.values():
+            total.zero_()
+
+    def clip(self, largest):
+        """The norm of the whole gradient; the next step scales it down to `largest`."""
+        norms = [torch.linalg.vector_norm(self.gradient(p), dtype=torch.float32) for p in self.parameters()]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        self.factor = (largest / (norm + 1e-6)).clamp(max=1.0)
+        return norm
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            for p in group["params"]:
+                state = self.state[p]
+                state["step"] += 1
+                n = state["step"].item()
+                numbers = [1 - lr * group["weight_decay"], lr / (1 - beta1 ** n), beta1, beta2, 1 / (1 - beta2 ** n), group["eps"]]
+                numbers = torch.cat([self.factor.view(1), torch.tensor(numbers).to(p.device, non_blocking=True)])
+                flat = (x.view(-1).split(self.CHUNK) for x in (p, self.gradient(p), state["exp_avg"], state["exp_avg_sq"]))
+                for w, grad, m, v in zip(*flat, strict=True):
+                    bits = torch.empty_like(w, dtype=torch.int32).random_(-2 ** 31, 2 ** 31)
+                    self.update(w, grad, m, v, bits, numbers)
+
+
+def add_gradient(total, p):
+    total += p.grad
+    p.grad = None
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+def memory_plan(config, s, cards=1):
+    """What a run needs on each card: bytes by name. Counted where a tensor stays, estimated where it comes and goes."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    size = lambda module: sum(p.numel() for p in module.parameters())
+    n, layer, width = size(model), size(model.layers[0]), s.dtype.itemsize
+    ends = n - config.n_layer * layer                                    # embedding, output matrix, last norm
+    sequences = s.micro_batch or s.batch // cards
+    tokens = sequences * s.context
+    summed = s.lean and sequences * cards < s.batch
+    work = tokens * width * (24 * config.head_dim * config.n_head + 6 * config.ffn_dim)        # of one layer, both passes
+    logits = (min(tokens, 2048) if s.lean else tokens) * config.vocab_size * 14
+    if not s.lean:                                                       # every layer's, and the T x T mask and scores
+        work = config.n_layer * (work + 4 * sequences * config.n_head * s.context ** 2 * width)
+    return {"weights": n * width // cards, "gradients": n * (4 if summed else width) // cards, "moments": 2 * n * width // cards,
+            "kept activations": config.n_layer * tokens * config.dim * width if s.lean else 0,
+            "work": max(work + layer * width * summed, logits) + (2 * (2 * layer + ends) * width if cards > 1 else 0),
+            "reserve": 2 * 10 ** 9 * torch.cuda.is_available()}          # CUDA itself, and what falls between the blocks
+
+
+def free_memory():
+    """Bytes on the card, or of the machine where there is none; None: nobody knows."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return next((int(line.split()[1]) * 1024 for line in read_lines("/proc/meminfo") if line.startswith("MemAvailable")), None)
+
+
+def check_memory(plan, free):
+    """Print the plan. Raises InputError where it exceeds what is free."""
+    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in plan.items() if size)
+    print(f"memory plan in GB: {parts}; together {sum(plan.values()) / 1e9:.1f}" + (f" of {free / 1e9:.1f}" if free else ""))
+    if free and sum(plan.values()) > free:
+        raise InputError(f"the run needs {sum(plan.values()) / 1e9:.1f} GB on each card ({parts}) and {free / 1e9:.1f} are free; "
+                         "lower --micro-batch or --context, take --precision bf16, or share it among cards with torchrun.")
+
+
 # ------------------------------------------------------------------------------------------------ one step
 
 def compression_term(alpha, phase, step):
@@ -237,32 +382,42 @@ def compression_term(alpha, phase, step):
     return ((1 - alpha).mean() - 1 / cr).abs() if phase.name == "solidify" else dmc.compression_loss(alpha, cr)
 
 
-def new_optimizer(model, s):
-    """AdamW; decay on matrices only. The learning rate is set at each step."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, s.beta2), eps=s.eps, fused=True)
+def language_loss(head, targets, hidden, chunk=2048):
+    """Mean cross-entropy of the next tokens, from the last hidden states (B, T, dim). The logits of `chunk` tokens at a time
+    are made, and made again for the gradient, so that all of them never exist at once."""
+    hidden, targets = hidden.flatten(0, 1), targets.flatten()
+    part = lambda h, y: F.cross_entropy(head(h).float(), y, reduction="sum")
+    sums = [checkpoint(part, h, y, use_reentrant=False, preserve_rng_state=False)
+            for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True)]
+    return torch.stack(sums).sum() / len(targets)
 
 
-def train_step(model, optimizer, phase, step, inputs, targets, s):
-    """One update. Returns the LM loss in nats per token and the CR that the noisy decisions reached, or None."""
+def train_step(model, optimizer, phase, step, passes, s):
+    """One update, from the gradients of `passes`: pairs of inputs and targets, equally many sequences each. Returns the LM loss
+    in nats per token, the gradient's norm before clipping, and the CR that the noisy decisions reached, in all and for each
+    layer and head, or None for both."""
     lr = phase.learning_rate(step, s.warmup)
     for group in optimizer.param_groups:
         group["lr"] = lr
     gain = dmc.channel_gain(step, phase.steps) if phase.fade else None
-    logits, alpha = model(inputs, noise=True, gain=gain)
-    lm_loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    loss = lm_loss if alpha is None else lm_loss + s.cr_weight * compression_term(alpha, phase, step)
     optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+    figures = []
+    for count, inputs, targets in passes:
+        head = partial(language_loss, model.lm_head, targets) if s.lean else None
+        out, alpha = model(inputs, noise=True, gain=gain, head=head, recompute=s.lean)
+        lm_loss = out if s.lean else F.cross_entropy(out.flatten(0, 1), targets.flatten())
+        loss = lm_loss if alpha is None else lm_loss + s.cr_weight * compression_term(alpha, phase, step)
+        (loss / count).backward()
+        kept = None if alpha is None else (1 - alpha.detach())
+        figures.append((lm_loss.detach(), kept if kept is None else kept.mean(), kept if kept is None else kept.mean((1, 3))))
+    norm = optimizer.clip(s.clip) if s.lean else torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
     rows = model.control_rows() if alpha is not None else []
     before = [row.clone() for row in rows]
     optimizer.step()
     for row, old in zip(rows, before, strict=True):
         row.copy_(torch.lerp(old, row, s.channel_lr_factor))
-    return lm_loss.item(), None if alpha is None else 1 / (1 - alpha.detach()).mean().item()
+    lm_loss, kept, heads = (None if x[0] is None else torch.stack(x).mean(0) for x in zip(*figures, strict=True))
+    return lm_loss.item(), norm.item(), None if kept is None else 1 / kept.item(), None if kept is None else (1 / heads).tolist()
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
@@ -281,15 +436,16 @@ def pooling_cache(base, every):
 def evaluate(model, tokens, s, cache_class=None):
     """Loss in nats per token over validation sequences, through the real cache (parallel prefill), the CR there, and the
     CR of every layer and head, (L, G)."""
-    T, device = s.context, next(model.parameters()).device
+    T, weight = s.context, next(model.parameters())
+    device = weight.device
     starts = np.random.default_rng(1).permutation((len(tokens) - 1) // T)[:s.eval_sequences] * T
     losses, slots = [], []
     rows = max(1, 4096 // T)
     for part in np.split(starts, range(rows, len(starts), rows)):
         x, y = sequences(tokens, part, T, device)
-        cache = (cache_class or model.Cache)(model.config, len(part), device)
+        cache = (cache_class or model.Cache)(model.config, len(part), device, weight.dtype)
         logits, _ = model(x, cache)
-        losses.append(F.cross_entropy(logits.transpose(1, 2), y, reduction="none").mean(1))
+        losses.append(F.cross_entropy(logits.float().transpose(1, 2), y, reduction="none").mean(1))
         slots.append(cache.lengths.transpose(0, 1))
     slots = torch.cat(slots).double()
     return torch.cat(losses).double().mean().item(), (T / slots.mean()).item(), (T / slots.mean(0)).tolist()
@@ -303,13 +459,13 @@ BEGINNING = {"phase": 0, "step": 0, "seconds": 0.0}      # the state of a phase,
 class Run:
     """A run in its folder: trains the phases in order, can stop after any step and go on from the last saved state."""
 
-    def __init__(self, settings, out):
+    def __init__(self, settings, out, memory=None):
         self.started, self.seconds_before = time.perf_counter(), 0.0       # of this sitting, and those before it
         self.settings, self.out = settings, Path(out)
         self.given = locate(settings.init).resolve() if settings.init and not settings.random_weights else None
         self.phases = plan(settings, self.given)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.check_given()
+        check_memory(memory_plan(self.check_given(), settings), memory or free_memory())
         self.tokenizer = Tokenizer.from_folder(self.given) if self.given else Tokenizer.bytes()
         self.train_tokens, self.val_tokens = load_data(settings, self.tokenizer)
         self.stop = False
@@ -319,14 +475,16 @@ class Run:
     # --- files
 
     def check_given(self):
-        """Raises InputError where the model given cannot be retrofitted."""
-        if self.given:
-            config = dmc.read_config(self.given)
-            if config.dmc:
-                raise InputError(f"{self.given} is a DMC model already; give the plain model that it was made of.")
-            if self.settings.context > config.max_seq_len:
-                raise InputError(f"--context {self.settings.context} is more than the model's {config.max_seq_len} positions; "
-                                 "lower it.")
+        """The Config to start from. Raises InputError where the model given cannot be retrofitted."""
+        s = self.settings
+        if not s.init:
+            return s.small_config()
+        config = dmc.read_config(self.given) if self.given else random_model(s.init, device="meta").config
+        if config.dmc:
+            raise InputError(f"{self.given} is a DMC model already; give the plain model that it was made of.")
+        if s.context > config.max_seq_len:
+            raise InputError(f"--context {s.context} is more than the model's {config.max_seq_len} positions; lower it.")
+        return config
 
     def begin(self):
         """Claim the folder; a run that is already there is never touched."""
@@ -377,22 +535,15 @@ class Run:
     def train(self, index, state):
         """One phase: from its start's weights, or in mid-phase from the saved state."""
         phase, s, step = self.phases[index], self.settings, state["step"]
-        if phase.start is None:
-            torch.manual_seed(s.seed)
-            model = random_model(s.init, dtype=torch.float32) if s.init else dmc.Transformer(s.small_config())
-            model.to(self.device)
-        else:
-            model = dmc.load(self.out / phase.start, device=self.device, dtype=torch.float32, **s.method(phase.dmc))
-        optimizer = new_optimizer(model, s)
+        model = self.build(phase)
+        optimizer = new_optimizer(model, s, passes=s.batch // (s.micro_batch or s.batch))
         if "model" in state:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
         while step < phase.steps:
             began = time.perf_counter()
-            x, y = batch(self.train_tokens, s, phase.position + step, self.device)
-            torch.manual_seed(int(np.random.default_rng([s.seed, index, step]).integers(2 ** 63)))    # the decisions' noise
-            loss, cr = train_step(model, optimizer, phase, step, x, y, s)
-            if not math.isfinite(loss):
+            loss, norm, cr, heads = train_step(model, optimizer, phase, step, self.passes(index, step), s)
+            if not math.isfinite(loss + norm):
                 raise InputError(f"the loss is {loss} at step {step} of {phase.name}; lower the learning rate.")
             self.clock(phase.dmc, time.perf_counter() - began)
             self.record(index, step, loss, cr)
@@ -413,6 +564,26 @@ class Run:
             print(f"{'':<12}validation {loss:.4f} nats per {self.unit} at CR {cr:.2f} -> {self.out / phase.out}", flush=True)
         self.save_state(index + 1, 0)
         self.stop_if_asked()
+
+    def build(self, phase):
+        """The model that a phase starts with."""
+        s = self.settings
+        ops = dmc_fast if s.lean else dmc
+        if phase.start is not None:
+            return dmc.load(self.out / phase.start, ops, self.device, s.dtype, **s.method(phase.dmc))
+        torch.manual_seed(s.seed)
+        model = random_model(s.init, ops, dtype=s.dtype) if s.init else Transformer(s.small_config(), ops).to(s.dtype)
+        return model.to(self.device)
+
+    def passes(self, index, step):
+        """What `train_step` makes its gradient of: the number of passes, and the inputs and targets of each."""
+        s, position = self.settings, self.phases[index].position + step
+        size = s.micro_batch or s.batch
+        for row in range(0, s.batch, size):
+            x, y = batch(self.train_tokens, s, position, self.device, range(row, row + size))
+            seed = [s.seed, index, step] + ([row] if row else [])
+            torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))      # the decisions' noise
+            yield s.batch // size, x, y
 
     def stop_if_asked(self):
         """Raises KeyboardInterrupt once a signal came. Called where everything that counts is saved."""
@@ -477,7 +648,7 @@ class Run:
         """Print the table and the heat map, write summary.json. Averaging without learning is measured here: the control (or
         where there is none the model given) with every n tokens averaged, n the nearest whole number to each model's CR."""
         baseline = self.phases[-1] if self.phases[-1].name == "control" else self.phases[0]
-        plain = dmc.load(self.out / baseline.weights, device=self.device, dtype=torch.float32)
+        plain = self.build(replace(baseline, start=baseline.weights))
         plain.config = replace(plain.config, **self.settings.method(dmc=False))      # the window to average over
         summary = {"unit": self.unit, "pretrained": self.figures("pretrained")["loss"], "dmc": []}
         if baseline.name == "control":
@@ -527,23 +698,25 @@ def parse(argv):
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, or the newest one")
     parser.add_argument("--preset", choices=["laptop", "paper"], default="laptop",
                         help="which defaults: the small model's, or the paper's for Llama 2 7B, as given in brackets")
+    parser.add_argument("--memory", type=float, metavar="GB", help="what each card may hold [what is free]")
     for f in fields(Settings):
         kind = {"type": f.type} if f.type in (int, float) else {}
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, **kind, **f.metadata["argument"])
     options = vars(parser.parse_args(argv))
-    run = argparse.Namespace(**{name: options.pop(name) for name in ("out", "resume", "preset")})
+    run = argparse.Namespace(**{name: options.pop(name) for name in ("out", "resume", "preset", "memory")})
     return options, run
 
 
 def open_run(argv):
     """The Run that the command line asks for, and the function that carries it out."""
     given, options = parse(argv)
+    memory = options.memory and options.memory * 1e9
     if not options.resume:
         defaults = {f.name: f.metadata["paper"] for f in fields(Settings)} if options.preset == "paper" else {}
         if given.get("init") and (sized := {"layers", "heads", "kv_heads", "dim", "ffn_dim", "pretrain_steps"} & given.keys()):
             raise InputError(f"{flag(min(sized))} is for the small model; leave it out with --init, which brings its own.")
         numbers = [int(p.name) for p in runs_by_number()]
-        run = Run(Settings(**{**defaults, **given}), options.out or Path("runs") / str(max(numbers, default=0) + 1))
+        run = Run(Settings(**{**defaults, **given}), options.out or Path("runs") / str(max(numbers, default=0) + 1), memory)
         return run, run.begin
     out = options.out or next(reversed(runs_by_number()), None)
     if out is None:
@@ -552,7 +725,7 @@ def open_run(argv):
     for name, value in given.items():
         if saved[name] != value:
             raise InputError(f"{flag(name)} was {saved[name]} when {out} began; resume without it, or start a new run.")
-    run = Run(Settings(**saved), out)
+    run = Run(Settings(**saved), out, memory)
     return run, run.resume
 
 
