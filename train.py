@@ -76,11 +76,11 @@ class Settings:
     pretrain_steps: int = setting(1100, "steps of pretraining")
     free_steps: int = setting(100, "n of Eq. 12: steps over which the control channels fade", 250)
     retrofit_steps: int = setting(240, "steps over which the target CR rises from 1 to --cr", 18000)
-    solidify_steps: int = setting(260, "steps at the fixed CR --cr while the learning rate decays; models kept earlier take "
-                                  "so many more that all end after as many steps", 2000)
+    solidify_steps: int = setting(260, "steps at the fixed CR while the learning rate decays; beside a control, models kept "
+                                  "earlier take so many more that all end after as many steps", 2000)
     cr: float = setting(4.0, "the compression ratio to reach")
-    keep: list = setting(None, "CRs at which a model is kept and solidified [2, 3, ... and --cr; paper: 4]", [4.0],
-                         type=float, nargs="+", metavar="CR")
+    keep: list = setting(None, "CRs at which a model is kept and solidified, as in 2,3,4 [2, 3, ... and --cr]", nargs="+",
+                         metavar="CR")
     pretrain_lr: float = setting(2e-3, "peak learning rate of pretraining, a cosine to 10%%")
     lr: float = setting(1e-3, "learning rate of the other phases: constant, then in solidify a cosine to 10%%", 3e-5)
     channel_lr_factor: float = setting(10.0, "how much larger the steps of the control channels' projection rows are", 1.0)
@@ -140,6 +140,12 @@ class Settings:
     def method(self, dmc):
         """The entries of Config that a checkpoint's own give way to. dmc False: a plain Llama."""
         return {"dmc": dmc, "window": self.window or None, "tau": self.tau, "c": self.c}
+
+
+PAPER = {f.name: f.metadata["paper"] for f in fields(Settings)}
+PRESETS = {"laptop": {}, "llama2-7b": PAPER, "llama2-13b": PAPER, "llama2-70b": {**PAPER, "lr": 1.5e-5},
+           "short": {**PAPER, "batch": 64, "free_steps": 50, "retrofit_steps": 400, "solidify_steps": 150, "cr": 3.0, "tau": 0.2,
+                     "c": 3.0, "cr_weight": 2.0, "channel_lr_factor": 10.0, "eval_sequences": 64}}
 
 
 def flag(name):
@@ -239,10 +245,11 @@ def plan(s, given=None):
         Phase("retrofit", "freed", None, s.retrofit_steps, retrofit_at, 0, s.lr, cr=(1.0, s.cr),
               keep={step: f"retrofit-{cr:g}" for cr, step in reach.items()}),
     ]
-    for cr, step in reach.items():           # all end after as many steps as the control, which makes them comparable
-        steps = s.retrofit_steps - step + s.solidify_steps
+    control = s.control or not s.init
+    for cr, step in reach.items():           # with a control, all end after as many steps as it, which makes them comparable
+        steps = s.solidify_steps + (s.retrofit_steps - step if control else 0)
         phases.append(Phase("solidify", f"retrofit-{cr:g}", f"cr{cr:g}", steps, retrofit_at + step, steps, s.lr, cr=(cr, cr)))
-    if s.control or not s.init:
+    if control:
         phases.append(Phase("control", start, "control", s.free_steps + s.retrofit_steps + s.solidify_steps, free_at,
                             s.solidify_steps, s.lr, dmc=False))
     return phases
@@ -696,13 +703,18 @@ def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--out", type=Path, help="folder of the run [runs/1, or the next number that is free]")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, or the newest one")
-    parser.add_argument("--preset", choices=["laptop", "paper"], default="laptop",
-                        help="which defaults: the small model's, or the paper's for Llama 2 7B, as given in brackets")
+    parser.add_argument("--preset", choices=PRESETS, help="which defaults: the small model's, the paper's for a size of Llama 2, "
+                        "or a short schedule [the paper's with --init llama2-7b, -13b or -70b; else laptop]")
     parser.add_argument("--memory", type=float, metavar="GB", help="what each card may hold [what is free]")
     for f in fields(Settings):
         kind = {"type": f.type} if f.type in (int, float) else {}
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, **kind, **f.metadata["argument"])
     options = vars(parser.parse_args(argv))
+    if "keep" in options:
+        try:
+            options["keep"] = [float(cr) for part in options["keep"] for cr in part.split(",") if cr]
+        except ValueError:
+            raise InputError(f"--keep {' '.join(options['keep'])} is no list of ratios; give one such as 2,3,4.") from None
     run = argparse.Namespace(**{name: options.pop(name) for name in ("out", "resume", "preset", "memory")})
     return options, run
 
@@ -712,7 +724,7 @@ def open_run(argv):
     given, options = parse(argv)
     memory = options.memory and options.memory * 1e9
     if not options.resume:
-        defaults = {f.name: f.metadata["paper"] for f in fields(Settings)} if options.preset == "paper" else {}
+        defaults = PRESETS[options.preset or (given["init"] if given.get("init") in PRESETS else "laptop")]
         if given.get("init") and (sized := {"layers", "heads", "kv_heads", "dim", "ffn_dim", "pretrain_steps"} & given.keys()):
             raise InputError(f"{flag(min(sized))} is for the small model; leave it out with --init, which brings its own.")
         numbers = [int(p.name) for p in runs_by_number()]
