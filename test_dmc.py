@@ -6,6 +6,7 @@ with what they check.
 
 import codecs
 import contextlib
+import gzip
 import json
 import lzma
 import math
@@ -646,6 +647,14 @@ def test_checkpoint_of_another_shape_is_refused(tmp_path):
 
 # ------------------------------------------------------------------------------------------------ training
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_tokens(tmp_path_factory):
+    """Where runs keep tokenized text, instead of the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield Path(os.environ["XDG_CACHE_HOME"]) / "dmc"
+
+
 TINY = ["--layers", "1", "--heads", "2", "--kv-heads", "1", "--dim", "8", "--ffn-dim", "8", "--context", "16", "--batch", "2",
         "--pretrain-steps", "6", "--free-steps", "3", "--retrofit-steps", "5", "--solidify-steps", "3", "--cr", "3",
         "--keep", "2", "3", "--eval-sequences", "4", "--save-every", "4", "--log-every", "3", "--warmup", "2", "--c", "0"]
@@ -837,10 +846,139 @@ def test_training_text_is_split_by_file(tmp_path):
     for i in range(40):
         files.append(tmp_path / f"{i}.txt")
         files[-1].write_text(chr(65 + i) * 100)
-    train_tokens, val_tokens = train.load_data(train.Settings(data=[str(f) for f in files], context=16),
-                                                 dmc.Tokenizer.bytes())
+    train_tokens, val_tokens, _ = train.load_data(train.Settings(data=[str(f) for f in files], context=16), None)
+    train_tokens, val_tokens = (text[0:len(text)] for text in (train_tokens, val_tokens))
     assert len(train_tokens) == 38 * 101 and len(val_tokens) == 2 * 101
     assert not (set(train_tokens) & set(val_tokens)) - {256}
+
+
+# ------------------------------------------------------------------------------------------------ text for training
+
+WORDS = ["def ", "merge", "\n", "é", "🙂", " ", "append\n\n", "\x0c", "a\x0cb\n", '"', "\\"]
+TEXTS_OF_FILES = st.lists(st.lists(st.sampled_from(WORDS), max_size=30).map("".join), min_size=1, max_size=12)
+
+
+def data_settings(*paths, **changes):
+    return train.Settings(**{"data": [str(p) for p in paths], "context": 4, "batch": 2, **changes})
+
+
+def write_packed(path, text):
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    with opener(path, "wt", encoding="utf-8", newline="") as f:
+        f.write(text)
+    return path
+
+
+@given(TEXTS_OF_FILES, st.sampled_from(["", ".gz", ".xz"]), st.sampled_from([".txt", ".jsonl", ".py"]))
+def test_every_form_of_text_gives_the_same_documents(tmp_path_factory, texts, packed, kind):
+    folder = tmp_path_factory.mktemp("forms")
+    texts = [text for text in texts if "\n\x0c\n" not in f"\n{text}\n"]
+    if kind == ".txt":
+        ended = [text if text.endswith("\n") or not text else text + "\n" for text in texts]
+        path = write_packed(folder / f"f.txt{packed}", "\x0c\n".join(ended))
+        texts = ended or [""]
+    elif kind == ".jsonl":
+        lines = "".join(json.dumps({"id": 1, "body": text}) + "\n\n" for text in texts)
+        path = write_packed(folder / f"f.jsonl{packed}", lines)
+    else:
+        texts = ["\x0c\n".join(texts)]
+        path = write_packed(folder / f"f.py{packed}", texts[0])
+    assert [text for text, _ in train.documents(path, "body")] == texts
+
+
+@given(seeds, st.lists(st.integers(1, 9), min_size=1, max_size=8), st.data())
+def test_a_text_is_its_documents_in_order(seed, sizes, data):
+    rng = np.random.default_rng(seed)
+    tokens, ends = rng.integers(0, 1000, sum(sizes)), np.cumsum(sizes)
+    order = rng.permutation(len(sizes))
+    whole = np.concatenate([tokens[ends[i] - sizes[i]:ends[i]] for i in order])
+    text = train.Text(tokens, (ends - sizes)[order], ends[order])
+    start = data.draw(st.integers(0, len(whole) - 1))
+    stop = data.draw(st.integers(start + 1, len(whole) + 3))
+    assert len(text) == len(whole) and np.array_equal(text[start:stop], whole[start:stop])
+
+
+def test_each_sequence_is_read_once_per_round_and_validation_never(tmp_path):
+    """Documents of one repeated byte each: what a batch holds shows where it is from."""
+    path = tmp_path / "f.txt"
+    path.write_bytes(b"\x0c\n".join(bytes([32 + i]) * (20 + i) + b"\n" for i in range(60)))
+    s = data_settings(path)
+    train_text, val_text, key = train.load_data(s, None)
+    held_out = set(val_text[0:len(val_text)].tolist()) - {10, 256}
+    assert len(held_out) == 3
+    n = (len(train_text) - 1) // 4
+    read = [train.batch(train_text, s, position, "cpu")[0].tolist() for position in range(n)]          # two rounds
+    rows = [tuple(row) for rows in read for row in rows]
+    in_order = sorted(tuple(train_text[i * 4:i * 4 + 4].tolist()) for i in range(n))
+    assert sorted(rows[:n]) == sorted(rows[n:]) == in_order and rows[:n] != rows[n:] != in_order
+    assert not held_out & {token for row in rows for token in row}
+    other = data_settings(path, seed=1)
+    assert train.batch(train_text, other, 0, "cpu")[0].tolist() != read[0]
+    assert np.array_equal(train.load_data(other, None)[1][0:50], val_text[0:50])                # the same for every seed
+    part = train.batch(train_text, s, 3, "cpu", range(1, 2))[0].tolist()
+    assert part == read[3][1:]
+
+
+def test_text_is_tokenized_once_for_its_content(tmp_path, monkeypatch, cache_of_tokens):
+    (tmp_path / "folder/below").mkdir(parents=True)
+    for i, name in enumerate(["b.txt", "a.txt", "below/c.jsonl"]):
+        line = f"text {i}" * 20
+        (tmp_path / "folder" / name).write_text(json.dumps({"text": line}) if "json" in name else line)
+    first = train.load_data(data_settings(tmp_path / "folder"), None)
+    encoded = []
+    monkeypatch.setattr(train, "encode", lambda *args, encode=train.encode: encoded.append(args) or encode(*args))
+    for pattern in (tmp_path / "folder", tmp_path / "folder/**/*.*"):
+        again = train.load_data(data_settings(pattern), None)
+        assert again[2] == first[2] and np.array_equal(again[0][0:99], first[0][0:99])
+    assert not encoded
+    (tmp_path / "folder/a.txt").write_text("text 3" * 20)
+    assert train.load_data(data_settings(tmp_path / "folder"), None)[2] != first[2] and encoded
+    shutil.rmtree(tmp_path / "folder")
+    assert np.array_equal(train.load_data(data_settings(tmp_path / "folder"), None, first[2])[0][0:99], first[0][0:99])
+    assert not list(cache_of_tokens.glob("*.partial"))
+
+
+def test_many_processes_tokenize_like_one(tmp_path):
+    paths = [tmp_path / f"{name}.jsonl.gz" for name in "ab"]
+    texts = [[f"{name}{i} " * 50_000 for i in range(20)] for name in "ab"]
+    for path, part in zip(paths, texts, strict=True):
+        with gzip.open(path, "wt", compresslevel=1) as f:
+            f.writelines(json.dumps({"text": text}) + "\n" for text in part)
+    portions = list(train.encode_all(paths, None, "text", alone=0))
+    arrays = [tokens for arrays, _ in portions for tokens in arrays]
+    shares = [done for _, done in portions]
+    assert len(portions) > 4 and shares == sorted(shares) and shares[-1] == 1
+    for tokens, text in zip(arrays, texts[0] + texts[1], strict=True):
+        assert bytes(tokens[:-1].astype(np.uint8)).decode() == text and tokens[-1] == 256
+
+
+BAD_DATA = {
+    "no such pattern": (None, "", "no such file"),
+    "damaged gzip": ("f.txt.gz", b"\x1f\x8b\x08\x00aaaaaaaaaa", "damaged"),
+    "cut gzip": ("f.txt.gz", gzip.compress(os.urandom(9999).hex().encode())[:5000], "damaged"),
+    "no gzip": ("f.txt.gz", b"plain text", "cannot be read"),
+    "damaged xz": ("f.txt.xz", lzma.compress(os.urandom(9999).hex().encode())[:5000], "damaged"),
+    "no xz": ("f.txt.xz", b"plain text", "damaged"),
+    "no UTF-8": ("f.jsonl", b'{"text": "\xff"}', "not UTF-8"),
+    "no JSON": ("f.jsonl", b'{"text": "a"}\n{"text": ', "in line 2"),
+    "no such field": ("f.jsonl", b'{"text": "a"}\n{"body": "a"}', "no text under text in line 2"),
+    "no object": ("f.jsonl", b"3", "no text under text in line 1"),
+    "no text": ("f.jsonl", b'{"text": 3}', "no text under text in line 1"),
+    "empty": ("f.txt", b"", "give more text"),
+    "an empty folder": ("sub/.hidden", b"x" * 1000, "no file to train on"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_train_refuses_bad_data(tmp_path, monkeypatch, capsys, case, cache_of_tokens):
+    name, content, says = BAD_DATA[case]
+    monkeypatch.chdir(tmp_path)
+    if name:
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(content)
+    given_data = "missing/*" if name is None else "sub" if "/" in name else name
+    assert says in refusal(train.main, ["--data", given_data, "--context", "16"], capsys, tmp_path)
+    assert not list(cache_of_tokens.glob("*.partial"))
 
 
 # ------------------------------------------------------------------------------------------------ training in less memory
@@ -1015,7 +1153,7 @@ def test_llama2_7b_fits_one_card():
 
 
 def memory_path_curves(steps, passes):
-    """Losses of the retrofit of one small model: in fp32 with several seeds of the noise, in bf16 with so many passes a step."""
+    """Losses of a small model's retrofit: in fp32 with several seeds of the noise, in bf16 with so many passes a step."""
     tokens = np.concatenate([np.frombuffer(f.read_bytes(), dtype=np.uint8) for f in train.standard_library()[:40]])
     small = dict(layers=2, heads=4, kv_heads=2, dim=64, ffn_dim=128, context=64, batch=8, lr=3e-3, c=1.0)
     curves = {}
@@ -1223,7 +1361,7 @@ def test_resume_refuses_other_text_and_damaged_state(tmp_path, finished, capsys)
     (copy / "state.pt").write_bytes((copy / "state.pt").read_bytes()[:50])
     assert "damaged" in refusal(train.main, ["--out", str(copy), "--resume"], capsys, copy)
     record = json.loads((copy / "run.json").read_text())
-    (copy / "run.json").write_text(json.dumps({**record, "text": 0}))
+    (copy / "run.json").write_text(json.dumps({**record, "text": "another"}))
     assert "text" in refusal(train.main, ["--out", str(copy), "--resume"], capsys, copy)
     (copy / "run.json").write_text("{")
     assert "damaged" in refusal(train.main, ["--out", str(copy), "--resume"], capsys, copy)
@@ -1726,7 +1864,7 @@ def test_a_given_model_is_retrofitted(tmp_path, plain, text, capsys, monkeypatch
     assert [s["phase"] for s in steps] == ["free"] * 3 + ["retrofit"] * 5 + ["solidify"] * 6
     s = train.Settings(**json.loads((out / "run.json").read_text())["settings"])
     given = dmc.load(plain)
-    assert steps[0]["loss"] == pytest.approx(own_loss(given, s, train.load_data(s, dmc.Tokenizer.from_folder(plain))[0]))
+    assert steps[0]["loss"] == pytest.approx(own_loss(given, s, train.load_data(s, plain)[0]))
     assert not (out / "pretrained/model.safetensors").exists()           # measured, not copied
     made = dmc.load(out / "cr3")
     assert made.config == train.replace(given.config, **s.method(dmc=True))
@@ -2116,7 +2254,7 @@ def test_smollm2_is_retrofitted(smollm2, smollm2_pair, english, tmp_path, capsys
     assert train.main(["--init", str(smollm2), "--data", str(tmp_path / "text"), *steps, "--context", "64", "--batch", "2",
                        "--lr", "3e-5", "--out", str(tmp_path / "run")]) == 0
     s = train.Settings(**json.loads((tmp_path / "run/run.json").read_text())["settings"])
-    x, y = train.batch(train.load_data(s, dmc.Tokenizer.from_folder(smollm2))[0], s, 0, "cpu")
+    x, y = train.batch(train.load_data(s, smollm2)[0], s, 0, "cpu")
     with torch.no_grad():
         expected = F.cross_entropy(smollm2_pair[1](x).logits.flatten(0, 1), y.flatten()).item()
     first = json.loads(curve(tmp_path / "run").splitlines()[0])

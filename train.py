@@ -14,18 +14,28 @@ needs), a folder of weights per model, and `summary.json` (the final table).
 """
 
 import argparse
+import glob
+import gzip
+import hashlib
+import io
 import json
+import lzma
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import sysconfig
 import time
 import warnings
 import zlib
+from array import array
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import lru_cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +46,7 @@ from torch.utils.checkpoint import checkpoint
 import dmc
 import dmc_fast
 from dmc import Config, InputError, Tokenizer, Transformer, read_json, write_atomically, write_json
-from generate import Parser, locate, provenance, random_model, read_lines, read_text, runs_by_number
+from generate import Parser, locate, provenance, random_model, read_lines, runs_by_number
 
 # ------------------------------------------------------------------------------------------------ settings
 
@@ -51,8 +61,11 @@ def setting(laptop, help, paper=None, **argument):
 @dataclass(frozen=True)
 class Settings:
     """What decides a run. The defaults suit the small model; `--preset paper` takes the paper's (section 4)."""
-    data: list = setting(None, "text files in UTF-8 [the sources of Python's standard library]", nargs="+", metavar="FILE",
+    data: list = setting(None, "text in UTF-8: files, folders, patterns with *; .txt (a form feed in a line of its own stands "
+                         "between documents), .jsonl, any other file as one document; packed as .gz, .xz, .zst or not [the "
+                         "sources of Python's standard library]", nargs="+", metavar="FILE",
                          type=lambda path: str(Path(path).resolve()))
+    field: str = setting("text", "where a line of .jsonl has its text")
     init: str = setting(None, "model to retrofit: the folder of a checkpoint, llama2-7b, -13b, -70b or org/name on Hugging "
                         "Face [none: pretrain a small one]", metavar="NAME_OR_PATH",
                         type=lambda name: str(Path(name).resolve()) if Path(name).is_dir() else name)
@@ -68,10 +81,10 @@ class Settings:
     ffn_dim: int = setting(384, "width of its MLP")
     context: int = setting(128, "tokens per training sequence, and positions of the small model", 4096)
     batch: int = setting(8, "sequences per step", 1024)
-    micro_batch: int = setting(0, "sequences per forward and backward pass, on each card; gradients add up over the passes of a "
-                               "step; 0: the whole batch", 1)
-    precision: str = setting("fp32", "bf16: weights and AdamW's moments in bf16, rounded stochastically, one kept activation per "
-                             "layer, no full logits: 6 bytes per parameter, and 4 for the gradients' sums", "bf16",
+    micro_batch: int = setting(0, "sequences per forward and backward pass, on each card; gradients add up over the passes of "
+                               "a step; 0: the whole batch", 1)
+    precision: str = setting("fp32", "bf16: weights and AdamW's moments in bf16, rounded stochastically, one kept activation "
+                             "per layer, no full logits: 6 bytes per parameter, and 4 for the gradients' sums", "bf16",
                              choices=["fp32", "bf16"])
     pretrain_steps: int = setting(1100, "steps of pretraining")
     free_steps: int = setting(100, "n of Eq. 12: steps over which the control channels fade", 250)
@@ -102,8 +115,8 @@ class Settings:
             value = getattr(self, f.name)
             if isinstance(value, int | float) and not 0 <= value < math.inf:
                 raise InputError(f"{flag(f.name)} is {value}; give a number that is not negative.")
-        may_be_zero = {"seed", "micro_batch", "pretrain_steps", "channel_lr_factor", "cr_weight", "window", "c", "warmup", "weight_decay",
-                       "random_weights", "control"}
+        may_be_zero = {"seed", "micro_batch", "pretrain_steps", "channel_lr_factor", "cr_weight", "window", "c", "warmup",
+                       "weight_decay", "random_weights", "control"}
         for f in fields(self):
             if getattr(self, f.name) == 0 and f.name not in may_be_zero:
                 raise InputError(f"{flag(f.name)} is 0; give a number above 0.")
@@ -144,8 +157,8 @@ class Settings:
 
 PAPER = {f.name: f.metadata["paper"] for f in fields(Settings)}
 PRESETS = {"laptop": {}, "llama2-7b": PAPER, "llama2-13b": PAPER, "llama2-70b": {**PAPER, "lr": 1.5e-5},
-           "short": {**PAPER, "batch": 64, "free_steps": 50, "retrofit_steps": 400, "solidify_steps": 150, "cr": 3.0, "tau": 0.2,
-                     "c": 3.0, "cr_weight": 2.0, "channel_lr_factor": 10.0, "eval_sequences": 64}}
+           "short": {**PAPER, "batch": 64, "free_steps": 50, "retrofit_steps": 400, "solidify_steps": 150, "cr": 3.0,
+                     "tau": 0.2, "c": 3.0, "cr_weight": 2.0, "channel_lr_factor": 10.0, "eval_sequences": 64}}
 
 
 def flag(name):
@@ -161,28 +174,213 @@ def standard_library():
     return sorted(f for f in root.rglob("*.py") if not skip & set(f.relative_to(root).parts))
 
 
-def load_data(settings, tokenizer):
-    """The text as tokens: train and validation, one array each. Whole files are set aside for validation, about 1 in 20,
-    picked by a fixed seed; of a single file, its last twentieth. An end-of-text token stands after every file, and before it
-    what the tokenizer puts there."""
-    files = settings.data or standard_library()
-    if not files:
-        raise InputError("this Python has no sources of its standard library; give text files with --data.")
+def text_files(patterns):
+    """The files that --data names: themselves, all in a folder and below it, or what a pattern with * matches."""
+    found = []
+    for pattern in patterns:
+        names = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute
+        if not names:
+            raise InputError(f"{pattern} cannot be read (no such file); check --data.")
+        for path in map(Path, names):
+            found += sorted(f for f in (path.rglob("*") if path.is_dir() else [path])
+                            if f.is_file() and not f.name.startswith("."))
+    if not found:
+        raise InputError("there is no file to train on; give text files with --data.")
+    return list(dict.fromkeys(found))
+
+
+def unpacked(file, suffix):
+    """A text stream of an open file, by its name's suffix."""
+    if suffix == ".zst":
+        try:
+            import zstandard
+        except ImportError:
+            raise InputError("reading .zst needs a library that is not installed; pip install zstandard.") from None
+        return zstandard.open(file, "rt", encoding="utf-8")
+    kind = {".gz": gzip.open, ".xz": lzma.open}.get(suffix)
+    return kind(file, "rt", encoding="utf-8") if kind else io.TextIOWrapper(file, encoding="utf-8")
+
+
+def documents(path, field):
+    """Yield the texts in a file, each with the bytes of the file read so far. In .jsonl each line has one under `field`; in
+    .txt a line of nothing but a form feed stands between two; any other file is one. All may be packed: .gz, .xz, .zst."""
+    packed = path.suffix if path.suffix in (".gz", ".xz", ".zst") else ""
+    kind = path.with_suffix("").suffix if packed else path.suffix
+    try:
+        with path.open("rb") as file, unpacked(file, packed) as stream:
+            if kind == ".jsonl":
+                for number, line in enumerate(stream, 1):
+                    entry = json.loads(line) if line.strip() else {field: None}
+                    if not isinstance(entry, dict) or not isinstance(entry.get(field, 0), str | None):
+                        raise InputError(f"{path} has no text under {field} in line {number}; name where it is with --field.")
+                    if entry[field] is not None:
+                        yield entry[field], file.tell()
+            elif kind == ".txt":
+                lines = []
+                for line in stream:
+                    if line == "\f\n":
+                        yield "".join(lines), file.tell()
+                        lines = []
+                    else:
+                        lines.append(line)
+                yield "".join(lines), file.tell()
+            else:
+                yield stream.read(), file.tell()
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text; convert it, or leave it out of --data.") from None
+    except json.JSONDecodeError:
+        raise InputError(f"{path} is no JSON in line {number}; mend it, or leave it out of --data.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}); check --data.") from None
+    except (EOFError, lzma.LZMAError, zlib.error) as error:
+        raise InputError(f"{path} is damaged ({error}); fetch it anew, or leave it out of --data.") from None
+
+
+@lru_cache(maxsize=1)
+def tokenizer_of(folder):
+    """The tokenizer of a checkpoint, or of bytes where `folder` is None; read once in each process."""
+    return Tokenizer.from_folder(folder) if folder else Tokenizer.bytes()
+
+
+def encode(folder, texts):
+    """Each text's tokens, an array each: what the tokenizer puts before a text, the text, the end of text."""
+    tokenizer = tokenizer_of(folder)
     end = [] if tokenizer.eos is None else [tokenizer.eos]
     dtype = np.uint16 if tokenizer.vocab_size <= 2 ** 16 else np.uint32
-    documents = [np.array(tokenizer.encode(read_text(f), special=False, prefix=True) + end, dtype=dtype) for f in files]
-    if len(documents) == 1:
-        cut = len(documents[0]) * 19 // 20
-        train, val = documents[0][:cut], documents[0][cut:]
+    return [np.array(tokenizer.encode(text, special=False, prefix=True) + end, dtype=dtype) for text in texts]
+
+
+def encode_all(files, folder, field, alone=2 ** 24):
+    """Yield the documents of all files as arrays of tokens, in order, with the share that is done. More bytes than `alone` are
+    cut into portions for as many processes as there are cores; only a few portions are in memory at any time."""
+    sizes = np.cumsum([0, *(f.stat().st_size for f in files)])
+
+    def portions():
+        texts, size = [], 0
+        for i, path in enumerate(files):
+            for text, read in documents(path, field):
+                texts.append(text)
+                size += len(text)
+                if size > 2 ** 20:
+                    yield texts, (sizes[i] + read) / sizes[-1]
+                    texts, size = [], 0
+        yield texts, 1.0
+
+    if sizes[-1] <= alone:
+        yield from ((encode(folder, texts), done) for texts, done in portions())
+        return
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        waiting = deque()
+        for texts, done in portions():
+            waiting.append((pool.submit(encode, folder, texts), done))
+            if len(waiting) > 2 * workers:
+                future, done = waiting.popleft()
+                yield future.result(), done
+        yield from ((future.result(), done) for future, done in waiting)
+
+
+def content_key(files, folder, field):
+    """A name for the tokens of these files: the same for the same contents, in the same order, and the same tokenizer."""
+    def digest(path):
+        try:
+            with path.open("rb") as f:
+                whole = hashlib.blake2b()
+                while block := f.read(2 ** 20):
+                    whole.update(block)
+                return whole.digest()
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}); check --data.") from None
+
+    with ThreadPoolExecutor() as pool:
+        parts = [whole + "".join(path.suffixes[-2:]).encode() for path, whole in zip(files, pool.map(digest, files), strict=True)]
+    tokenizer = tokenizer_of(folder)
+    parts += [tokenizer.files["tokenizer.json"], json.dumps([tokenizer.special_ids, field]).encode()]
+    return hashlib.blake2b(b"".join(hashlib.blake2b(part).digest() for part in parts), digest_size=12).hexdigest()
+
+
+def prepare(files, folder, field, cache):
+    """Tokenize into cache/KEY, unless that is done: tokens.npy and, since documents differ in length, ends.npy. Returns KEY."""
+    key = content_key(files, folder, field)
+    if (cache / key).is_dir():
+        return key
+    partial_folder, began = cache / f"{key}.{os.getpid()}.partial", time.perf_counter()
+    shown, ends, total = began, array("q"), 0
+    try:
+        partial_folder.mkdir(parents=True)
+        with (partial_folder / "tokens").open("wb") as out:
+            for arrays, done in encode_all(files, folder, field):
+                for tokens in arrays:
+                    tokens.tofile(out)
+                    total += len(tokens)
+                    ends.append(total)
+                if time.perf_counter() - shown > (1 if sys.stdout.isatty() else 30):
+                    shown = time.perf_counter()
+                    print(f"tokenizing {done:4.0%}, {total:,} tokens, {total / (shown - began):,.0f} per second",
+                          end="\r" if sys.stdout.isatty() else "\n", flush=True)
+            os.fsync(out.fileno())
+        np.save(partial_folder / "ends.npy", np.array(ends))
+        partial_folder.replace(cache / key)
+    except OSError as error:
+        if not (cache / key).is_dir():       # else another run was faster
+            raise InputError(f"{cache} cannot be written ({error.strerror}); set XDG_CACHE_HOME to another folder or free some "
+                             "space.") from None
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+    return key
+
+
+class Text:
+    """Documents of a memory-mapped file of tokens, put one after the other in a given order: has a length, and slices."""
+
+    def __init__(self, tokens, starts, ends):
+        self.tokens, self.starts, self.ends = tokens, starts, np.cumsum(ends - starts)
+        self.shift = starts - self.ends + (ends - starts)         # from a place in this text to the place in the file
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, span):
+        parts, at, stop = [], span.start, min(span.stop, len(self))
+        for i in range(np.searchsorted(self.ends, at, side="right"), len(self.ends)):
+            if at >= stop:
+                break
+            end = min(stop, int(self.ends[i]))
+            parts.append(self.tokens[at + self.shift[i]:end + self.shift[i]])
+            at = end
+        return np.concatenate(parts)
+
+
+def load_data(settings, folder, key=None):
+    """The text as tokens: for training and for validation, and the key of both. folder: whose tokenizer; None: bytes.
+
+    Documents are put in an order that depends on nothing but their number, and the first of them, 1 in 20 but no more than
+    10,000, are set aside for validation; of a single document, its last twentieth. key: of an earlier call, whose tokens are
+    taken as they are if they are still there.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dmc"
+    if key is None or not (cache / key).is_dir():
+        files = text_files(settings.data) if settings.data else standard_library()
+        if not files:
+            raise InputError("this Python has no sources of its standard library; give text files with --data.")
+        key = prepare(files, folder, settings.field, cache)
+    small = tokenizer_of(folder).vocab_size <= 2 ** 16
+    ends = np.load(cache / key / "ends.npy")
+    empty = not (cache / key / "tokens").stat().st_size        # which cannot be mapped
+    tokens = np.zeros(0) if empty else np.memmap(cache / key / "tokens", np.uint16 if small else np.uint32, mode="r")
+    starts = np.concatenate([[0], ends[:-1]])
+    if len(ends) == 1:
+        cut = len(tokens) * 19 // 20
+        starts, ends, order = np.array([0, cut]), np.array([cut, len(tokens)]), np.array([1, 0])
     else:
-        order = np.random.default_rng(0).permutation(len(documents))
-        held_out = max(1, len(documents) // 20)
-        val, train = (np.concatenate([documents[i] for i in part]) for part in (order[:held_out], order[held_out:]))
-    for name, tokens in (("training", train), ("validation", val)):
-        if len(tokens) <= settings.context:
-            raise InputError(f"the {name} text has {len(tokens)} tokens, and one sequence takes {settings.context + 1}; "
+        order = np.random.default_rng(0).permutation(len(ends))
+    held_out = max(1, min(len(ends) // 20, 10_000))
+    val, train = (Text(tokens, starts[part], ends[part]) for part in (order[:held_out], order[held_out:]))
+    for name, text in (("training", train), ("validation", val)):
+        if len(text) <= settings.context:
+            raise InputError(f"the {name} text has {len(text)} tokens, and one sequence takes {settings.context + 1}; "
                              "give more text with --data or a smaller --context.")
-    return train, val
+    return train, val, key
 
 
 def sequences(tokens, starts, length, device):
@@ -191,12 +389,25 @@ def sequences(tokens, starts, length, device):
     return x[:, :-1], x[:, 1:]
 
 
+@lru_cache(maxsize=2)
+def shuffled(seed, epoch, n):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
 def batch(tokens, settings, position, device, rows=None):
-    """The batch at a position of the data: sequences from random places, the same ones for every model that gets there.
-    rows: a range of them; None: all."""
-    rng = np.random.default_rng([settings.seed, position])
-    starts = rng.integers(0, len(tokens) - settings.context, settings.batch)
-    return sequences(tokens, starts if rows is None else starts[rows.start:rows.stop], settings.context, device)
+    """The batch at a position of the data, the same one for every model that gets there. rows: a range of them; None: all.
+
+    The text given is cut into sequences, all of which are read once in a shuffled order, then in another one; of the small
+    model's, sequences begin at random places.
+    """
+    s, T = settings, settings.context
+    if s.data:
+        n = (len(tokens) - 1) // T
+        places = (divmod(position * s.batch + row, n) for row in range(s.batch))
+        starts = np.array([shuffled(s.seed, epoch, n)[i] * T for epoch, i in places])
+    else:
+        starts = np.random.default_rng([s.seed, position]).integers(0, len(tokens) - T, s.batch)
+    return sequences(tokens, starts if rows is None else starts[rows.start:rows.stop], T, device)
 
 
 # ------------------------------------------------------------------------------------------------ phases
@@ -329,8 +540,9 @@ class RoundingAdamW(torch.optim.Optimizer):
                 state = self.state[p]
                 state["step"] += 1
                 n = state["step"].item()
-                numbers = [1 - lr * group["weight_decay"], lr / (1 - beta1 ** n), beta1, beta2, 1 / (1 - beta2 ** n), group["eps"]]
-                numbers = torch.cat([self.factor.view(1), torch.tensor(numbers).to(p.device, non_blocking=True)])
+                numbers = torch.tensor([1 - lr * group["weight_decay"], lr / (1 - beta1 ** n), beta1, beta2, 1 / (1 - beta2 ** n),
+                                        group["eps"]]).to(p.device, non_blocking=True)
+                numbers = torch.cat([self.factor.view(1), numbers])
                 flat = (x.view(-1).split(self.CHUNK) for x in (p, self.gradient(p), state["exp_avg"], state["exp_avg_sq"]))
                 for w, grad, m, v in zip(*flat, strict=True):
                     bits = torch.empty_like(w, dtype=torch.int32).random_(-2 ** 31, 2 ** 31)
@@ -358,7 +570,8 @@ def memory_plan(config, s, cards=1):
     logits = (min(tokens, 2048) if s.lean else tokens) * config.vocab_size * 14
     if not s.lean:                                                       # every layer's, and the T x T mask and scores
         work = config.n_layer * (work + 4 * sequences * config.n_head * s.context ** 2 * width)
-    return {"weights": n * width // cards, "gradients": n * (4 if summed else width) // cards, "moments": 2 * n * width // cards,
+    return {"weights": n * width // cards, "gradients": n * (4 if summed else width) // cards,
+            "moments": 2 * n * width // cards,
             "kept activations": config.n_layer * tokens * config.dim * width if s.lean else 0,
             "work": max(work + layer * width * summed, logits) + (2 * (2 * layer + ends) * width if cards > 1 else 0),
             "reserve": 2 * 10 ** 9 * torch.cuda.is_available()}          # CUDA itself, and what falls between the blocks
@@ -376,8 +589,8 @@ def check_memory(plan, free):
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in plan.items() if size)
     print(f"memory plan in GB: {parts}; together {sum(plan.values()) / 1e9:.1f}" + (f" of {free / 1e9:.1f}" if free else ""))
     if free and sum(plan.values()) > free:
-        raise InputError(f"the run needs {sum(plan.values()) / 1e9:.1f} GB on each card ({parts}) and {free / 1e9:.1f} are free; "
-                         "lower --micro-batch or --context, take --precision bf16, or share it among cards with torchrun.")
+        raise InputError(f"the run needs {sum(plan.values()) / 1e9:.1f} GB on each card ({parts}) and {free / 1e9:.1f} are "
+                         "free; lower --micro-batch or --context, take --precision bf16, or share it among cards with torchrun.")
 
 
 # ------------------------------------------------------------------------------------------------ one step
@@ -474,7 +687,7 @@ class Run:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         check_memory(memory_plan(self.check_given(), settings), memory or free_memory())
         self.tokenizer = Tokenizer.from_folder(self.given) if self.given else Tokenizer.bytes()
-        self.train_tokens, self.val_tokens = load_data(settings, self.tokenizer)
+        self.train_tokens, self.val_tokens, self.key = load_data(settings, self.given, self.known_key())
         self.stop = False
         self.pace = {}               # with decisions or not -> (steps, seconds), of this sitting
         self.recent, self.shown = [], 0        # losses since the last line on the screen; lines so far
@@ -500,13 +713,17 @@ class Run:
         write_json(self.out / "run.json", self.facts())
         self.execute(BEGINNING)
 
+    def known_key(self):
+        """The key of the text that the run in the folder began with, if there is one."""
+        return read_json(self.out / "run.json")["text"] if (self.out / "run.json").exists() else None
+
     def facts(self):
         return {"settings": asdict(self.settings), "train_tokens": len(self.train_tokens),
-                "text": zlib.crc32(self.train_tokens) ^ zlib.crc32(self.val_tokens)}
+                "text": self.key}
 
     def resume(self):
         """Go on from the last saved state, or from the start where nothing was saved yet."""
-        if read_json(self.out / "run.json")["text"] != self.facts()["text"]:
+        if self.known_key() != self.key:
             raise InputError(f"the text is not the one that {self.out} was trained on; restore it, or start a new run.")
         path = self.out / "state.pt"
         state = BEGINNING
@@ -703,8 +920,8 @@ def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--out", type=Path, help="folder of the run [runs/1, or the next number that is free]")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, or the newest one")
-    parser.add_argument("--preset", choices=PRESETS, help="which defaults: the small model's, the paper's for a size of Llama 2, "
-                        "or a short schedule [the paper's with --init llama2-7b, -13b or -70b; else laptop]")
+    parser.add_argument("--preset", choices=PRESETS, help="which defaults: the small model's, the paper's for a size of Llama "
+                        "2, or a short schedule [the paper's with --init llama2-7b, -13b or -70b; else laptop]")
     parser.add_argument("--memory", type=float, metavar="GB", help="what each card may hold [what is free]")
     for f in fields(Settings):
         kind = {"type": f.type} if f.type in (int, float) else {}
