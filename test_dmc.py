@@ -12,6 +12,7 @@ import lzma
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -675,7 +676,9 @@ def finished(tmp_path_factory, text):
 
 
 def curve(out):
-    return (Path(out) / "metrics.jsonl").read_text()
+    """The lines of metrics.jsonl without what a clock or the machine has a part in."""
+    entries = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: x for key, x in e.items() if key not in ("tokens_per_second", "mfu", "peak_gb")} for e in entries]
 
 
 def summary(out):
@@ -689,7 +692,7 @@ def test_a_run_yields_its_models_and_its_table(finished, capsys):
     for entry in result["dmc"]:
         assert 1 <= entry["cr"] <= 16 and math.isfinite(entry["loss"]) and len(entry["heads"]) == 1
     assert result["seconds"] > 0 and result["versions"]["torch"] == torch.__version__
-    entries = [json.loads(line) for line in curve(finished).splitlines()]
+    entries = curve(finished)
     steps = {"pretrain": 6, "free": 3, "retrofit": 5, "solidify": 6 + 3, "control": 11}
     assert {name: sum(e["phase"] == name for e in entries) for name in steps} == steps
     assert [e["target_cr"] for e in entries if e["phase"] == "retrofit"] == pytest.approx([1.4, 1.8, 2.2, 2.6, 3.0])
@@ -744,19 +747,151 @@ def test_resume_is_bit_identical(tmp_path_factory, finished, text, died_at, agai
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_process_resumes(tmp_path, finished, text, signal_number):
-    out = tmp_path / "run"
+    out, delay = tmp_path / "run", np.random.default_rng().uniform(0, 1.5)
     command = [sys.executable, HERE / "train.py", "--out", out]
     process = subprocess.Popen([*command, "--data", text, *TINY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (out / "pretrained").exists():
+    while process.poll() is None and not (out / "metrics.jsonl").exists():
         time.sleep(0.01)
+    time.sleep(delay)
     process.send_signal(signal_number)
     printed = process.communicate(timeout=60)[0]
-    if signal_number == signal.SIGINT and process.returncode:
+    if signal_number == signal.SIGTERM and process.returncode:
         assert process.returncode == 130 and f"train.py --resume --out {out}" in printed
-    subprocess.run([*command, "--resume"], check=True, timeout=120, stdout=subprocess.DEVNULL)
+    assert train.main(["--out", str(out), "--resume"]) == 0
+    assert curve(out) == curve(finished), f"{delay} s after the start"
+
+
+class PowerCut(BaseException):
+    pass
+
+
+def dies(*args, **kwargs):
+    raise PowerCut
+
+
+SAVING_STOPS = {"before the tensors": ("dcp.save", False), "behind the tensors": ("dcp.save", True),
+                "before the old one goes": ("shutil.rmtree", False), "behind it": ("shutil.rmtree", True)}
+
+
+@pytest.mark.parametrize("moment", SAVING_STOPS)
+def test_a_kill_while_saving_leaves_a_whole_state(tmp_path, finished, text, moment):
+    """The second state of a phase, so that there is an old one."""
+    (module, _, name), behind = SAVING_STOPS[moment][0].partition("."), SAVING_STOPS[moment][1]
+    out, calls, real = tmp_path / "run", iter(range(100)), getattr(getattr(train, module), name)
+
+    def cut(*args, **kwargs):
+        last = next(calls) == (2 if name == "save" else 0)
+        result = real(*args, **kwargs) if behind or not last else None
+        return dies() if last else result
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
+        patch.setattr(getattr(train, module), name, cut)
+        train.main(["--out", str(out), "--data", text, *TINY, "--save-every", "2"])
+    assert train.main(["--out", str(out), "--resume", "--save-every", "4"]) == 0
+    assert curve(out) == curve(finished) and not list(out.glob("state-*"))
+
+
+def interrupted(out, text, interrupt, arguments=(), at=5):
+    """A run in which interrupt(model) is called before step `at`. Returns its exit code."""
+    step, calls = train.train_step, iter(range(100))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", lambda model, *args: (next(calls) == at and interrupt(model), step(model, *args))[1])
+        return train.main(["--out", str(out), "--data", text, *TINY, *arguments])
+
+
+def test_no_number_for_a_loss_stops_the_run_and_keeps_the_state(tmp_path, finished, text, capsys):
+    out = tmp_path / "run"
+    assert interrupted(out, text, lambda model: model.norm.weight.data.fill_(math.nan)) == 2
+    said = capsys.readouterr().err
+    assert "the loss is nan" in said and "step 5 of pretrain, batch 5" in said and "step 4 of pretrain" in said
+    assert train.main(["--out", str(out), "--resume"]) == 0
     assert curve(out) == curve(finished)
+
+
+def test_resume_may_lower_the_learning_rate(tmp_path, text):
+    out = tmp_path / "run"
+    assert interrupted(out, text, lambda model: model.norm.weight.data.fill_(math.nan)) == 2
+    assert train.main(["--out", str(out), "--resume", "--lr", "1e-4"]) == 0
+    assert json.loads((out / "run.json").read_text())["settings"]["lr"] == 1e-4
+    assert {e["lr"] for e in curve(out) if e["phase"] == "retrofit"} == {5e-5, 1e-4}
+
+
+def test_a_full_disk_while_saving_keeps_the_state(tmp_path, finished, text, capsys):
+    """No file may grow beyond 20 KB, less than a state: the kernel refuses, as on a full disk."""
+    out, (soft, hard) = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        code = interrupted(out, text, lambda model: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard)),
+                           ["--save-every", "2"], at=3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err
+    assert code == 2 and "cannot be written" in said and "File too large" in said and "Traceback" not in said
+    assert json.loads((out / "state.json").read_text())["step"] == 2
+    assert [folder.name for folder in out.glob("state-*")] == ["state-0-2"]          # what did not fit makes room
+    assert train.main(["--out", str(out), "--resume", "--save-every", "4"]) == 0
+    assert curve(out) == curve(finished)
+
+
+LEAN = ["--precision", "bf16", "--micro-batch", "1"]
+
+
+def test_a_scheduler_stops_a_run_between_two_passes(tmp_path, text, capsys):
+    """In bf16, where the noise of the rounding comes out the same too."""
+    whole, out, calls, batch = tmp_path / "whole", tmp_path / "run", iter(range(100)), train.batch
+    with single_threaded():
+        assert train.main(["--out", str(whole), "--data", text, *TINY, *LEAN]) == 0
+
+    def asked(*args):
+        if next(calls) == 20:                     # the first half of the retrofit's step 1
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(*args)
+
+    with pytest.MonkeyPatch.context() as patch, single_threaded():
+        patch.setattr(train, "batch", asked)
+        assert train.main(["--out", str(out), "--data", text, *TINY, *LEAN]) == 130
+    assert f"--resume --out {out}" in capsys.readouterr().out
+    state = json.loads((out / "state.json").read_text())
+    assert (state["phase"], state["step"]) == (2, 1)
+    assert train.main(["--out", str(out), "--resume"]) == 0
+    assert curve(out) == curve(whole)
+    ours, theirs = (dmc.load(run / "cr3").state_dict() for run in (out, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+TWO_PROCESSES = """
+import sys, torch, train
+calls, step = iter(range(100)), train.train_step
+def dying_step(*args):
+    if next(calls) == 14:
+        raise RuntimeError("power cut")
+    return step(*args)
+train.train_step = dying_step
+torch.set_num_threads(1)
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_two_processes_train_like_one_and_resume_each_others_state(tmp_path, text):
+    """One process up to step 5; two, with FSDP2 over gloo, through the ends of three phases; then one again."""
+    arguments = ["--data", text, *TINY, "--kv-heads", "2", "--dim", "12", "--heads", "2", "--micro-batch", "1"]
+    whole, out, script = tmp_path / "whole", tmp_path / "run", tmp_path / "two.py"
+    assert train.main(["--out", str(whole), *arguments]) == 0
+    with pytest.raises(PowerCut):
+        interrupted(out, text, dies, arguments[2:])
+    script.write_text(TWO_PROCESSES)
+    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script),
+                          "--resume", "--out", str(out)], capture_output=True, text=True, timeout=120,
+                         env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+    state = json.loads((out / "state.json").read_text())
+    assert "power cut" in two.stderr and state["phase"] == 3 and state["tensors"], two.stderr
+    assert train.main(["--out", str(out), "--resume"]) == 0
+    for ours, theirs in zip(curve(out), curve(whole), strict=True):
+        assert ours["phase"] == theirs["phase"] and ours["step"] == theirs["step"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5) and ours["cr"] == pytest.approx(theirs["cr"], abs=1e-4)
+    for ours, theirs in zip(summary(out)["dmc"], summary(whole)["dmc"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
 
 
 def test_control_rows_take_larger_steps_and_nothing_else_does():
@@ -1355,16 +1490,19 @@ def test_train_refuses_to_touch_another_run(finished, text, capsys):
     assert "--cr was 3" in refusal(train.main, ["--out", str(finished), "--resume", "--cr", "2"], capsys, finished)
 
 
-def test_resume_refuses_other_text_and_damaged_state(tmp_path, finished, capsys):
-    copy = tmp_path / "copy"
-    subprocess.run(["cp", "-r", finished, copy], check=True)
-    (copy / "state.pt").write_bytes((copy / "state.pt").read_bytes()[:50])
-    assert "damaged" in refusal(train.main, ["--out", str(copy), "--resume"], capsys, copy)
-    record = json.loads((copy / "run.json").read_text())
-    (copy / "run.json").write_text(json.dumps({**record, "text": "another"}))
-    assert "text" in refusal(train.main, ["--out", str(copy), "--resume"], capsys, copy)
-    (copy / "run.json").write_text("{")
-    assert "damaged" in refusal(train.main, ["--out", str(copy), "--resume"], capsys, copy)
+def test_resume_refuses_other_text_and_damaged_state(tmp_path, text, capsys):
+    out = tmp_path / "run"
+    with pytest.raises(PowerCut):
+        interrupted(out, text, dies)
+    capsys.readouterr()
+    for tensors in out.glob("state-*/*.distcp"):
+        tensors.write_bytes(tensors.read_bytes()[:50])
+    assert "damaged" in refusal(train.main, ["--out", str(out), "--resume"], capsys, out)
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**record, "text": "another"}))
+    assert "text" in refusal(train.main, ["--out", str(out), "--resume"], capsys, out)
+    (out / "run.json").write_text("{")
+    assert "damaged" in refusal(train.main, ["--out", str(out), "--resume"], capsys, out)
 
 
 @pytest.mark.parametrize("case", BAD_GENERATE)
@@ -1860,7 +1998,7 @@ def test_a_given_model_is_retrofitted(tmp_path, plain, text, capsys, monkeypatch
     monkeypatch.chdir(tmp_path)                                     # and what follows works from anywhere
     shown = capsys.readouterr().out
     assert "nats/token" in shown and "to pretrained" in shown and "control" not in shown and snapshot(plain) == before
-    steps = [json.loads(line) for line in curve(out).splitlines()]
+    steps = curve(out)
     assert [s["phase"] for s in steps] == ["free"] * 3 + ["retrofit"] * 5 + ["solidify"] * 6
     s = train.Settings(**json.loads((out / "run.json").read_text())["settings"])
     given = dmc.load(plain)
@@ -2257,7 +2395,7 @@ def test_smollm2_is_retrofitted(smollm2, smollm2_pair, english, tmp_path, capsys
     x, y = train.batch(train.load_data(s, smollm2)[0], s, 0, "cpu")
     with torch.no_grad():
         expected = F.cross_entropy(smollm2_pair[1](x).logits.flatten(0, 1), y.flatten()).item()
-    first = json.loads(curve(tmp_path / "run").splitlines()[0])
+    first = curve(tmp_path / "run")[0]
     assert first["phase"] == "free" and first["loss"] == pytest.approx(expected, abs=1e-4)
     shutil.rmtree(tmp_path / "run")
 

@@ -22,6 +22,7 @@ import json
 import lzma
 import math
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -33,6 +34,7 @@ import zlib
 from array import array
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from multiprocessing import get_context
@@ -40,12 +42,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import dmc
 import dmc_fast
-from dmc import Config, InputError, Tokenizer, Transformer, read_json, write_atomically, write_json
+from dmc import Config, InputError, Tokenizer, Transformer, one_line, read_json, write_atomically, write_json
 from generate import Parser, locate, provenance, random_model, read_lines, runs_by_number
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -293,7 +302,8 @@ def content_key(files, folder, field):
             raise InputError(f"{path} cannot be read ({error.strerror}); check --data.") from None
 
     with ThreadPoolExecutor() as pool:
-        parts = [whole + "".join(path.suffixes[-2:]).encode() for path, whole in zip(files, pool.map(digest, files), strict=True)]
+        parts = [whole + "".join(file.suffixes[-2:]).encode()
+                 for file, whole in zip(files, pool.map(digest, files), strict=True)]
     tokenizer = tokenizer_of(folder)
     parts += [tokenizer.files["tokenizer.json"], json.dumps([tokenizer.special_ids, field]).encode()]
     return hashlib.blake2b(b"".join(hashlib.blake2b(part).digest() for part in parts), digest_size=12).hexdigest()
@@ -466,6 +476,55 @@ def plan(s, given=None):
     return phases
 
 
+# ------------------------------------------------------------------------------------------------ many cards
+
+def cards():
+    """The number of this process, and how many there are: one for each card, as torchrun starts them."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def local(x):
+    """This card's share of a tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def over_cards(x, mean=False):
+    """The sum, or the mean, of all cards' x; in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x / cards()[1] if mean else x
+
+
+def share_out(model, dtype, device):
+    """Shard a model with FSDP2: each card holds its rows of every weight, and gathers one layer at a time. Only a layer at a
+    time is converted and moved, so the model given may stay mapped to its file."""
+    mesh = init_device_mesh(torch.device(device).type, (cards()[1],))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)       # no angle in bf16
+    for part in (*model.layers, model):
+        fully_shard(part.to(dtype), mesh=mesh, mp_policy=policy)
+    return model
+
+
+def gathered(model):
+    """The whole model in the memory of the first process; elsewhere nothing of use."""
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    with torch.device("meta"):
+        whole = Transformer(model.config)
+    whole.load_state_dict(weights, assign=True, strict=False)
+    if model.config.tie_embeddings:
+        whole.lm_head.weight = whole.embed_tokens.weight
+    return whole
+
+
+def control_rows(model):
+    """Transformer.control_rows, of this card's share of a model."""
+    rank, count = cards()
+    weights = [proj.weight for layer in model.layers for proj in (layer.self_attn.q_proj, layer.self_attn.k_proj)]
+    first = [rank * -(-len(weight) // count) for weight in weights]
+    return [local(weight.detach())[-start % model.config.head_dim::model.config.head_dim]
+            for weight, start in zip(weights, first, strict=True)]
+
+
 # ------------------------------------------------------------------------------------------------ optimizer
 
 def new_optimizer(model, s, passes=1):
@@ -475,7 +534,21 @@ def new_optimizer(model, s, passes=1):
     groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     if s.lean:
         return RoundingAdamW(groups, betas=(0.9, s.beta2), eps=s.eps, sums=passes > 1)
-    return torch.optim.AdamW(groups, betas=(0.9, s.beta2), eps=s.eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, s.beta2), eps=s.eps, fused=True)
+    optimizer.state.update((p, new_moments(p, p.device)) for p in matrices + vectors)
+    return optimizer
+
+
+def new_moments(p, device=None):
+    """AdamW's state before the first step; there from the start, so that a saved one can be read into it."""
+    return {"step": torch.zeros((), device=device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+
+def states(model, optimizer):
+    """Everything that a step changes, by name: views of the weights and the moments."""
+    named = dict(model.named_parameters())
+    return {"weights": {name: p.detach() for name, p in named.items()},
+            **{key: {name: optimizer.state[p][key].detach() for name, p in named.items()} for key in ("exp_avg", "exp_avg_sq")}}
 
 
 def round_stochastically(x, bits):
@@ -508,9 +581,9 @@ class RoundingAdamW(torch.optim.Optimizer):
         super().__init__(groups, dict(lr=0.0, betas=betas, eps=eps))
         self.sums, self.factor = {}, None
         for p in self.parameters():
-            self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.state[p] = new_moments(p)
             if sums:
-                self.sums[p] = torch.zeros_like(p, dtype=torch.float32)
+                self.sums[p] = torch.zeros_like(local(p), dtype=torch.float32)
                 p.register_post_accumulate_grad_hook(partial(add_gradient, self.sums[p]))
         self.update = torch.compile(adamw) if p.is_cuda else adamw
 
@@ -518,7 +591,7 @@ class RoundingAdamW(torch.optim.Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def gradient(self, p):
-        return self.sums[p] if self.sums else p.grad
+        return self.sums[p] if self.sums else local(p.grad)
 
     def zero_grad(self):
         super().zero_grad()
@@ -528,7 +601,7 @@ class RoundingAdamW(torch.optim.Optimizer):
     def clip(self, largest):
         """The norm of the whole gradient; the next step scales it down to `largest`."""
         norms = [torch.linalg.vector_norm(self.gradient(p), dtype=torch.float32) for p in self.parameters()]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        norm = over_cards(torch.stack(norms).square().sum()).sqrt()
         self.factor = (largest / (norm + 1e-6)).clamp(max=1.0)
         return norm
 
@@ -540,17 +613,18 @@ class RoundingAdamW(torch.optim.Optimizer):
                 state = self.state[p]
                 state["step"] += 1
                 n = state["step"].item()
-                numbers = torch.tensor([1 - lr * group["weight_decay"], lr / (1 - beta1 ** n), beta1, beta2, 1 / (1 - beta2 ** n),
-                                        group["eps"]]).to(p.device, non_blocking=True)
+                numbers = [1 - lr * group["weight_decay"], lr / (1 - beta1 ** n), beta1, beta2, 1 / (1 - beta2 ** n)]
+                numbers = torch.tensor([*numbers, group["eps"]]).to(p.device, non_blocking=True)
                 numbers = torch.cat([self.factor.view(1), numbers])
-                flat = (x.view(-1).split(self.CHUNK) for x in (p, self.gradient(p), state["exp_avg"], state["exp_avg_sq"]))
+                flat = (local(x).view(-1).split(self.CHUNK)
+                        for x in (p, self.gradient(p), state["exp_avg"], state["exp_avg_sq"]))
                 for w, grad, m, v in zip(*flat, strict=True):
                     bits = torch.empty_like(w, dtype=torch.int32).random_(-2 ** 31, 2 ** 31)
                     self.update(w, grad, m, v, bits, numbers)
 
 
 def add_gradient(total, p):
-    total += p.grad
+    total += local(p.grad)
     p.grad = None
 
 
@@ -590,7 +664,7 @@ def check_memory(plan, free):
     print(f"memory plan in GB: {parts}; together {sum(plan.values()) / 1e9:.1f}" + (f" of {free / 1e9:.1f}" if free else ""))
     if free and sum(plan.values()) > free:
         raise InputError(f"the run needs {sum(plan.values()) / 1e9:.1f} GB on each card ({parts}) and {free / 1e9:.1f} are "
-                         "free; lower --micro-batch or --context, take --precision bf16, or share it among cards with torchrun.")
+                         "free; lower --micro-batch or --context, take --precision bf16, or use more cards with torchrun.")
 
 
 # ------------------------------------------------------------------------------------------------ one step
@@ -613,9 +687,11 @@ def language_loss(head, targets, hidden, chunk=2048):
 
 
 def train_step(model, optimizer, phase, step, passes, s):
-    """One update, from the gradients of `passes`: pairs of inputs and targets, equally many sequences each. Returns the LM loss
-    in nats per token, the gradient's norm before clipping, and the CR that the noisy decisions reached, in all and for each
-    layer and head, or None for both."""
+    """One update, from the gradients of `passes`: how many they are, inputs, targets; equally many sequences each.
+
+    Returns the LM loss in nats per token, and the CR that the noisy decisions reached: in all, and for each layer and head; or
+    None. Raises FloatingPointError, before anything is changed, where loss or gradient are not finite.
+    """
     lr = phase.learning_rate(step, s.warmup)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -631,13 +707,17 @@ def train_step(model, optimizer, phase, step, passes, s):
         kept = None if alpha is None else (1 - alpha.detach())
         figures.append((lm_loss.detach(), kept if kept is None else kept.mean(), kept if kept is None else kept.mean((1, 3))))
     norm = optimizer.clip(s.clip) if s.lean else torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-    rows = model.control_rows() if alpha is not None else []
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    lm_loss, kept, heads = (None if x[0] is None else over_cards(torch.stack(x).mean(0), mean=True)
+                            for x in zip(*figures, strict=True))
+    if not math.isfinite(lm_loss.item() + norm.item()):
+        raise FloatingPointError(f"the loss is {lm_loss.item():.4g} and its gradient's norm {norm.item():.4g}")
+    rows = control_rows(model) if alpha is not None else []
     before = [row.clone() for row in rows]
     optimizer.step()
     for row, old in zip(rows, before, strict=True):
         row.copy_(torch.lerp(old, row, s.channel_lr_factor))
-    lm_loss, kept, heads = (None if x[0] is None else torch.stack(x).mean(0) for x in zip(*figures, strict=True))
-    return lm_loss.item(), norm.item(), None if kept is None else 1 / kept.item(), None if kept is None else (1 / heads).tolist()
+    return lm_loss.item(), None if kept is None else 1 / kept.item(), None if kept is None else (1 / heads).tolist()
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
@@ -673,22 +753,83 @@ def evaluate(model, tokens, s, cache_class=None):
 
 # ------------------------------------------------------------------------------------------------ a run
 
-BEGINNING = {"phase": 0, "step": 0, "seconds": 0.0}      # the state of a phase, or a run, that has not begun
+BEGINNING = {"phase": 0, "step": 0, "seconds": 0.0, "tensors": None}      # the state of a phase, or a run, that has not begun
+CHANGEABLE = {"lr", "clip", "save_every", "log_every"}                     # settings that --resume may give anew
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the run to end."""
+
+
+@contextmanager
+def writing(folder):
+    """Raises InputError where something in the folder cannot be written."""
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException) as error:      # the last from all cards, with the reasons in it
+        reason = [line for line in str(error).splitlines() if "Error" in line] or [one_line(error)]
+        raise InputError(f"{folder} cannot be written ({reason[-1].strip()[:200]}); free some space, then --resume: the state "
+                         "saved before is whole.") from None
+
+
+def device_of_this_process():
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def ready(model):
+    """The model, with what lies between its matrix products compiled where that pays: on a GPU."""
+    if next(model.parameters()).is_cuda:
+        for layer in model.layers:
+            for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
+                part.compile()
+    return model
+
+
+def flops_per_token(config, context):
+    """Of a step, forward and backward: 6 per parameter, and causal attention's."""
+    with torch.device("meta"):
+        n = sum(p.numel() for p in Transformer(config).parameters())
+    return 6 * n + 6 * config.n_layer * config.n_head * config.head_dim * context
+
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}        # bf16, dense, of the SXM cards
+
+
+def flops_share(per_second):
+    """MFU: the share of the card's peak, or None for a card without a known one."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((round(per_second / peak, 3) for card, peak in PEAK_FLOPS.items() if card in name), None)
+
+
+def peak_memory():
+    """Bytes: what PyTorch's tensors took on the card at most, or the process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Run:
     """A run in its folder: trains the phases in order, can stop after any step and go on from the last saved state."""
 
     def __init__(self, settings, out, memory=None):
+        self.rank, self.cards = cards()
         self.started, self.seconds_before = time.perf_counter(), 0.0       # of this sitting, and those before it
         self.settings, self.out = settings, Path(out)
         self.given = locate(settings.init).resolve() if settings.init and not settings.random_weights else None
         self.phases = plan(settings, self.given)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        check_memory(memory_plan(self.check_given(), settings), memory or free_memory())
+        self.device = device_of_this_process()
+        config = self.check_given()
+        if settings.batch % (self.cards * (settings.micro_batch or 1)):
+            raise InputError(f"--batch {settings.batch} cannot be shared by {self.cards} cards with --micro-batch "
+                             f"{settings.micro_batch}; choose a multiple.")
+        check_memory(memory_plan(config, settings, self.cards), memory or free_memory())
+        self.flops = flops_per_token(config, settings.context)
         self.tokenizer = Tokenizer.from_folder(self.given) if self.given else Tokenizer.bytes()
-        self.train_tokens, self.val_tokens, self.key = load_data(settings, self.given, self.known_key())
-        self.stop = False
+        for turn in range(min(self.cards, 2)):          # the first process tokenizes, the others find it done
+            if turn == min(self.rank, 1):
+                self.train_tokens, self.val_tokens, self.key = load_data(settings, self.given, self.known_key())
+            self.wait()
+        self.stop, self.metrics = False, None
         self.pace = {}               # with decisions or not -> (steps, seconds), of this sitting
         self.recent, self.shown = [], 0        # losses since the last line on the screen; lines so far
 
@@ -706,11 +847,21 @@ class Run:
             raise InputError(f"--context {s.context} is more than the model's {config.max_seq_len} positions; lower it.")
         return config
 
+    def wait(self):
+        """Until all cards are here."""
+        if self.cards > 1:
+            dist.barrier()
+
+    def write_json(self, path, value):
+        if self.rank == 0:
+            write_json(path, value)
+
     def begin(self):
         """Claim the folder; a run that is already there is never touched."""
         if (self.out / "run.json").exists():
             raise InputError(f"{self.out} already holds a run; add --resume to continue it, or choose another --out.")
-        write_json(self.out / "run.json", self.facts())
+        self.wait()
+        self.write_json(self.out / "run.json", self.facts())
         self.execute(BEGINNING)
 
     def known_key(self):
@@ -725,94 +876,133 @@ class Run:
         """Go on from the last saved state, or from the start where nothing was saved yet."""
         if self.known_key() != self.key:
             raise InputError(f"the text is not the one that {self.out} was trained on; restore it, or start a new run.")
-        path = self.out / "state.pt"
-        state = BEGINNING
-        if path.exists():
-            try:
-                state = torch.load(path, map_location=self.device, weights_only=True)
-            except Exception as error:      # torch raises many kinds for a damaged file
-                raise InputError(f"{path} is damaged ({type(error).__name__}); start a new run.") from None
+        state = read_json(self.out / "state.json") if (self.out / "state.json").exists() else BEGINNING
+        self.wait()
+        self.write_json(self.out / "run.json", self.facts())       # a few settings may have changed
         self.seconds_before = state["seconds"]
         self.execute(state)
 
-    def save_state(self, phase, step, model=None, optimizer=None):
-        state = {"phase": phase, "step": step, "seconds": self.seconds()}
-        if model is not None:
-            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        os.fsync(self.metrics.fileno())           # the curve is on disk before the state that continues it
-        write_atomically(self.out / "state.pt", lambda f: torch.save(state, f))
+    def load_state(self, state, model, optimizer):
+        """Read the tensors of a state into a model and its optimizer, from however many cards it was saved."""
+        path = self.out / state["tensors"]
+        try:
+            dcp.load(states(model, optimizer), checkpoint_id=path, no_dist=self.cards == 1)
+        except (Exception, CheckpointException) as error:      # many kinds for a damaged file
+            raise InputError(f"{path} is damaged ({type(error).__name__}); start a new run.") from None
+        for moments in optimizer.state.values():
+            moments["step"].fill_(state["step"])
+
+    def save_state(self, index, step, model=None, optimizer=None):
+        """state.json names the folder with the tensors, and is replaced when that is whole: so a kill at any moment, or a
+        disk that is full, leaves the old state or the new one."""
+        name = f"state-{index}-{step}" if model is not None else None
+        with writing(self.out):
+            if name and name != self.tensors:
+                self.remove_states()
+                try:
+                    dcp.save(states(model, optimizer), checkpoint_id=self.out / name, no_dist=self.cards == 1)
+                except (Exception, CheckpointException):
+                    shutil.rmtree(self.out / name, ignore_errors=True)
+                    raise
+            if self.rank == 0:
+                os.fsync(self.metrics.fileno())           # the curve is on disk before the state that continues it
+        self.write_json(self.out / "state.json", {"phase": index, "step": step, "seconds": self.seconds(), "tensors": name})
+        self.tensors, self.saved = name, f"step {step} of {self.phases[index].name}" if step else f"phase {index + 1}"
+        self.remove_states()
+        self.wait()
+
+    def remove_states(self):
+        for folder in self.out.glob("state-*") if self.rank == 0 else ():
+            if folder.name != self.tensors:
+                shutil.rmtree(folder)
+        self.wait()
 
     def save_model(self, model, folder, **facts):
-        dmc.save(model, self.out / folder, self.tokenizer, **facts)
+        model = gathered(model) if self.cards > 1 else model
+        if self.rank == 0:
+            dmc.save(model, self.out / folder, self.tokenizer, **facts)
+        self.wait()
 
     # --- training
 
     def execute(self, state):
         """All phases from where `state` was saved; then the table."""
-        self.trim_metrics(state["phase"], state["step"])
-        with (self.out / "metrics.jsonl").open("a", buffering=1) as self.metrics:
-            for index in range(state["phase"], len(self.phases)):
-                self.train(index, state)
-                state = BEGINNING
+        self.tensors = state["tensors"]
+        for index in range(state["phase"], len(self.phases)):
+            self.train(index, state)
+            state = BEGINNING
         self.report()
 
     def train(self, index, state):
         """One phase: from its start's weights, or in mid-phase from the saved state."""
         phase, s, step = self.phases[index], self.settings, state["step"]
         model = self.build(phase)
-        optimizer = new_optimizer(model, s, passes=s.batch // (s.micro_batch or s.batch))
-        if "model" in state:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+        optimizer = new_optimizer(model, s, self.passes_per_step)
+        if state["tensors"]:
+            self.load_state(state, model, optimizer)
+        if self.metrics is None:                     # only now is it sure that the run can go on from here
+            self.metrics = self.open_metrics(index, step)
         while step < phase.steps:
             began = time.perf_counter()
-            loss, norm, cr, heads = train_step(model, optimizer, phase, step, self.passes(index, step), s)
-            if not math.isfinite(loss + norm):
-                raise InputError(f"the loss is {loss} at step {step} of {phase.name}; lower the learning rate.")
+            try:
+                loss, cr, heads = train_step(model, optimizer, phase, step, self.passes(index, step), s)
+            except Stopped:
+                self.save_state(index, step, model, optimizer)
+                raise
+            except FloatingPointError as error:
+                raise InputError(f"{error} at step {step} of {phase.name}, batch {phase.position + step} of the data; the last "
+                                 f"good state, {self.saved}, is kept: --resume with a lower --lr or --clip.") from None
             self.clock(phase.dmc, time.perf_counter() - began)
-            self.record(index, step, loss, cr)
+            self.record(index, step, loss, cr, heads)
             step += 1
             if step in phase.keep:
                 self.save_model(model, phase.keep[step], phase=phase.name, target_cr=phase.target(step - 1), cr=cr)
-            if step < phase.steps and (self.stop or step % s.save_every == 0):
+            if step < phase.steps and step % s.save_every == 0:
                 self.save_state(index, step, model, optimizer)
-            self.stop_if_asked()
         if phase.fade:
-            model.clear_control_rows()
+            for rows in control_rows(model):
+                rows.zero_()
         if phase.out:
             loss, cr, heads = evaluate(model, self.val_tokens, s)
             if phase.weights == phase.out:
                 facts = {"phase": phase.name, "target_cr": phase.cr and phase.cr[1], "cr": cr} if phase.dmc else {}
                 self.save_model(model, phase.out, **facts)
-            write_json(self.out / phase.out / "figures.json", {"loss": loss, "cr": cr, "heads": heads})
+            self.write_json(self.out / phase.out / "figures.json", {"loss": loss, "cr": cr, "heads": heads})
             print(f"{'':<12}validation {loss:.4f} nats per {self.unit} at CR {cr:.2f} -> {self.out / phase.out}", flush=True)
         self.save_state(index + 1, 0)
         self.stop_if_asked()
 
     def build(self, phase):
         """The model that a phase starts with."""
-        s = self.settings
-        ops = dmc_fast if s.lean else dmc
+        s, ops, alone = self.settings, dmc_fast if self.settings.lean else dmc, self.cards == 1
         if phase.start is not None:
-            return dmc.load(self.out / phase.start, ops, self.device, s.dtype, **s.method(phase.dmc))
-        torch.manual_seed(s.seed)
-        model = random_model(s.init, ops, dtype=s.dtype) if s.init else Transformer(s.small_config(), ops).to(s.dtype)
-        return model.to(self.device)
+            own = (self.device, s.dtype) if alone else (None, None)
+            model = dmc.load(self.out / phase.start, ops, *own, **s.method(phase.dmc))
+        else:
+            torch.manual_seed(s.seed)
+            model = random_model(s.init, ops, dtype=s.dtype) if s.init else Transformer(s.small_config(), ops).to(s.dtype)
+        return ready(model.to(self.device) if alone else share_out(model, s.dtype, self.device))
+
+    @property
+    def passes_per_step(self):
+        s = self.settings
+        return s.batch // self.cards // (s.micro_batch or s.batch // self.cards)
 
     def passes(self, index, step):
         """What `train_step` makes its gradient of: the number of passes, and the inputs and targets of each."""
-        s, position = self.settings, self.phases[index].position + step
-        size = s.micro_batch or s.batch
-        for row in range(0, s.batch, size):
+        s, position, count = self.settings, self.phases[index].position + step, self.passes_per_step
+        size = s.batch // self.cards // count
+        for row in range(self.rank * count * size, (self.rank + 1) * count * size, size):
+            self.stop_if_asked()
             x, y = batch(self.train_tokens, s, position, self.device, range(row, row + size))
             seed = [s.seed, index, step] + ([row] if row else [])
             torch.manual_seed(int(np.random.default_rng(seed).integers(2 ** 63)))      # the decisions' noise
-            yield s.batch // size, x, y
+            yield count, x, y
 
     def stop_if_asked(self):
-        """Raises KeyboardInterrupt once a signal came. Called where everything that counts is saved."""
-        if self.stop:
-            raise KeyboardInterrupt
+        """Raises Stopped once a signal came to any card. Called where nothing is half done."""
+        if over_cards(torch.tensor(float(self.stop))).item():
+            raise Stopped
 
     def seconds(self):
         return self.seconds_before + time.perf_counter() - self.started
@@ -832,26 +1022,35 @@ class Run:
 
     # --- what is written and shown
 
-    def record(self, index, step, loss, cr):
+    def record(self, index, step, loss, cr, heads):
         """A line of metrics.jsonl for every step, and now and then one on the screen with the mean loss since the last."""
         phase, s = self.phases[index], self.settings
         entry = {"index": index, "phase": phase.name, "step": step, "loss": loss, "target_cr": phase.target(step), "cr": cr,
                  "lr": phase.learning_rate(step, s.warmup)}
-        self.metrics.write(json.dumps(entry) + "\n")
+        tokens_per_second = s.batch * s.context / (self.pace[phase.dmc][1] / self.pace[phase.dmc][0])
+        mfu = flops_share(tokens_per_second * self.flops / self.cards)
+        entry |= {"tokens_per_second": round(tokens_per_second), "mfu": mfu, "peak_gb": round(peak_memory() / 1e9, 2)}
+        if heads and (step + 1 in phase.keep or step % s.log_every == 0 or step + 1 == phase.steps):
+            entry["heads"] = [[round(cr, 3) for cr in layer] for layer in heads]
+        with writing(self.out):
+            self.metrics.write(json.dumps(entry) + "\n")
         self.recent.append(loss)
         if (step + 1) % s.log_every == 0 or step + 1 == phase.steps:
-            tokens_per_second = s.batch * s.context / (self.pace[phase.dmc][1] / self.pace[phase.dmc][0])
             left = self.seconds_left(index, step)
             if self.shown % 25 == 0:
-                print(f"{'phase':<12}{'step':>11}{'loss':>8}{'target':>8}{'CR':>7}{'lr':>10}{'tokens/s':>10}{'left':>7}")
+                print(f"{'phase':<12}{'step':>11}{'loss':>8}{'target':>8}{'CR':>7}{'lr':>10}{'tokens/s':>10}{'MFU':>6}{'GB':>7}"
+                      f"{'left':>7}")
             name = phase.name + (f" {phase.cr[1]:g}" if phase.name == "solidify" else "")
             ratios = f"{entry['target_cr']:8.2f}{cr:7.2f}" if cr else f"{'-':>8}{'-':>7}"
             print(f"{name:<12}{step + 1:>6}/{phase.steps:<4}{np.mean(self.recent):8.4f}{ratios}{entry['lr']:10.1e}"
-                  f"{tokens_per_second:10,.0f}{left // 60:4.0f}:{left % 60:02.0f}", flush=True)
+                  f"{tokens_per_second:10,.0f}{'-' if mfu is None else f'{mfu:.0%}':>6}{entry['peak_gb']:7.1f}"
+                  f"{left // 60:4.0f}:{left % 60:02.0f}", flush=True)
             self.shown, self.recent = self.shown + 1, []
 
-    def trim_metrics(self, index, step):
-        """Drop the lines of steps that are trained again, so that the curve has each step once."""
+    def open_metrics(self, index, step):
+        """metrics.jsonl to append to, without the lines of steps that are trained again: the curve has each step once."""
+        if self.rank:
+            return Path(os.devnull).open("a")  # noqa: SIM115 - closed with the run
         path = self.out / "metrics.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
         kept = [line for line in lines if (line["index"], line["step"]) < (index, step)]
@@ -859,6 +1058,7 @@ class Run:
         self.recent = [line["loss"] for line in kept if line["index"] == index and line["step"] >= last_shown]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_atomically(path, lambda f: f.write_text(text))
+        return path.open("a", buffering=1)  # noqa: SIM115
 
     @property
     def unit(self):
@@ -884,7 +1084,7 @@ class Run:
             pooled = evaluate(plain, self.val_tokens, self.settings, pooling)[0]
             summary["dmc"].append({"target": target, **entry, "pooling": pooled})
         summary |= {"seconds": self.seconds(), "settings": asdict(self.settings), **provenance()}
-        write_json(self.out / "summary.json", summary)
+        self.write_json(self.out / "summary.json", summary)
         print(table(summary))
         print(heat_map(summary["dmc"][-1]["heads"]))
         print(f"\n{summary['seconds']:.0f} s. Everything is in {self.out}. Next: "
@@ -913,6 +1113,119 @@ def heat_map(heads):
     return "\n".join(lines + [f"{i:5} " + "".join(f" {shade(cr) * 2}{cr:6.1f}" for cr in row) for i, row in enumerate(heads)])
 
 
+# ------------------------------------------------------------------------------------------------ speed
+
+def measure_speed(s, steps, out):
+    """`steps` steps of a known shape with random weights and random tokens, plain and with DMC: speed and memory of a card, as
+    OUT/bench.json. The first three steps, which compile, are left out of the times."""
+    device, (rank, count), figures = device_of_this_process(), cards(), {}
+    share = s.batch // count
+    size = s.micro_batch or share
+    if steps < 4 or not s.init or s.batch % (count * size):
+        raise InputError("--bench takes at least 4 steps, --init llama2-7b or the like, and a --batch that --micro-batch divides.")
+    for name in ("plain", "dmc"):
+        config = random_model(s.init, device="meta").config
+        check_memory(memory_plan(config, s, count), free_memory())
+        phase = Phase(name, None, None, steps, 0, 0, s.lr, dmc=name == "dmc", cr=(1.0, s.cr) if name == "dmc" else None)
+        torch.manual_seed(s.seed)
+        whole = random_model(s.init, dmc_fast if s.lean else dmc, device if count == 1 else None, s.dtype, **s.method(phase.dmc))
+        model = ready(whole if count == 1 else share_out(whole, s.dtype, device))
+        optimizer, seconds = new_optimizer(model, s, share // size), []
+        torch.manual_seed(s.seed + rank)
+        for step in range(steps):
+            began = time.perf_counter()
+            x = torch.randint(config.vocab_size, (share, s.context + 1), device=device)
+            passes = [(share // size, part[:, :-1], part[:, 1:]) for part in x.split(size)]
+            loss, *_ = train_step(model, optimizer, phase, step, passes, s)
+            seconds.append(time.perf_counter() - began)
+            print(f"{name:<6}{step + 1:>4}/{steps}  loss {loss:.4f}  {seconds[-1]:.3f} s", flush=True)
+        per_step = float(np.median(seconds[3:]))
+        speed = s.batch * s.context / per_step
+        figures[name] = {"seconds_per_step": per_step, "tokens_per_second": speed, "peak_gb": peak_memory() / 1e9, "loss": loss,
+                         "mfu": flops_share(speed * flops_per_token(config, s.context) / count)}
+        del whole, model, optimizer
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+    ratio = figures["dmc"]["seconds_per_step"] / figures["plain"]["seconds_per_step"]
+    print("\n".join(f"{name:<6}{f['tokens_per_second']:10,.0f} tokens/s, MFU {f['mfu']}, peak {f['peak_gb']:.1f} GB"
+                    for name, f in figures.items()) + f"\na DMC step takes {ratio:.3f} times a plain one")
+    if rank == 0:
+        write_json(out / "bench.json", {**figures, "dmc_to_plain": ratio, "cards": count, "settings": asdict(s), **provenance()})
+
+
+# ------------------------------------------------------------------------------------------------ plots
+
+def plot(folders):
+    """Losses, target and reached CR, and the CR of each layer and head as it developed (figures 6 and 7 of the paper), of one
+    or more runs side by side: plot.png in the first one's folder."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--plot needs matplotlib, which is not installed; pip install matplotlib.") from None
+    figure = Figure(figsize=(6.4 * len(folders), 15), layout="constrained")
+    grid = figure.subplots(4, len(folders), squeeze=False, sharey="row" if len(folders) > 1 else False)
+    for folder, axes in zip(folders, grid.T, strict=True):
+        entries = [json.loads(line) for line in read_lines(folder / "metrics.jsonl") if line.endswith("}")]
+        if not any("heads" in e for e in entries):
+            raise InputError(f"{folder / 'metrics.jsonl'} has no step with decisions yet; let the run get to its retrofit.")
+        starts = {i: phase.position for i, phase in enumerate(plan(Settings(**read_json(folder / "run.json")["settings"])))}
+        plot_curves(axes[0], axes[1], entries, starts)
+        axes[0].set_title(str(folder))
+        retrofit = [e for e in entries if e["phase"] == "retrofit" and "heads" in e] or [e for e in entries if "heads" in e]
+        plot_layers(figure, axes[2], retrofit)
+        plot_heads(figure, axes[3], next(e for e in reversed(entries) if "heads" in e))
+    figure.savefig(folders[0] / "plot.png", dpi=110)
+    print(f"{folders[0] / 'plot.png'} shows {len(folders)} run{'s' if len(folders) > 1 else ''}.")
+
+
+def plot_curves(losses, ratios, entries, starts):
+    """The running mean loss of every phase, and of those with decisions the target CR and the reached one, over the step of
+    the data: phases that start from the same weights start at the same place."""
+    for index in sorted({e["index"] for e in entries}):
+        part = [e for e in entries if e["index"] == index]
+        steps = starts[index] + np.array([e["step"] for e in part])
+        width = max(1, len(part) // 25)
+        mean = np.convolve([e["loss"] for e in part], np.ones(width) / width, mode="valid")
+        fixed = part[0]["phase"] == "solidify"
+        name, colour = part[0]["phase"] + (f" {part[0]['target_cr']:g}" if fixed else ""), f"C{index}"
+        losses.plot(steps[width - 1:], mean, colour, label=name)
+        if part[0]["target_cr"]:
+            ratios.plot(steps, [e["cr"] for e in part], colour, lw=0.8, label=name)
+            ratios.plot(steps, [e["target_cr"] for e in part], colour, ls="--", lw=1.5)
+    losses.set(ylabel="LM loss, running mean")
+    ratios.set(xlabel="step", ylabel="CR; dashed: target")
+    for axis in (losses, ratios):
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+
+
+def draw_ratios(figure, axis, values, label):
+    """A matrix of CRs as colours, on a logarithmic scale that is the same in every plot."""
+    image = axis.imshow(np.array(values), aspect="auto", origin="lower", norm="log", cmap="magma_r", interpolation="nearest")
+    image.set_clim(1, 64)
+    bar = figure.colorbar(image, ax=axis, label=label, ticks=[1, 2, 4, 8, 16, 32, 64])
+    bar.ax.set_yticklabels(["1", "2", "4", "8", "16", "32", "64"])
+    bar.ax.minorticks_off()
+
+
+def plot_layers(figure, axis, entries):
+    """Figure 7: the CR of each layer, a row, at growing CRs of the whole model, the columns."""
+    draw_ratios(figure, axis, np.array([1 / (1 / np.array(e["heads"])).mean(1) for e in entries]).T, "CR of a layer")
+    shown = np.unique(np.linspace(0, len(entries) - 1, min(8, len(entries))).round().astype(int))
+    axis.set_xticks(shown, [f"{entries[i]['cr']:.2f}" for i in shown])
+    axis.set(xlabel="CR of the whole model as the retrofit goes on", ylabel="layer")
+    axis.yaxis.get_major_locator().set_params(integer=True)
+
+
+def plot_heads(figure, axis, entry):
+    """Figure 6: the CR of each layer, a row, and head, a column, sorted within a layer as the order of heads means nothing."""
+    draw_ratios(figure, axis, np.sort(entry["heads"], axis=1)[:, ::-1], "CR of a head")
+    axis.set(xlabel=f"heads of a layer, from the most compressed; {entry['phase']} at CR {entry['cr']:.2f}", ylabel="layer")
+    for locator in (axis.xaxis.get_major_locator(), axis.yaxis.get_major_locator()):
+        locator.set_params(integer=True)
+
+
 # ------------------------------------------------------------------------------------------------ command line
 
 def parse(argv):
@@ -923,6 +1236,9 @@ def parse(argv):
     parser.add_argument("--preset", choices=PRESETS, help="which defaults: the small model's, the paper's for a size of Llama "
                         "2, or a short schedule [the paper's with --init llama2-7b, -13b or -70b; else laptop]")
     parser.add_argument("--memory", type=float, metavar="GB", help="what each card may hold [what is free]")
+    parser.add_argument("--plot", type=Path, nargs="+", metavar="RUN", help="draw what runs did so far as RUN/plot.png, and stop")
+    parser.add_argument("--bench", type=int, metavar="STEPS", help="measure so many steps of --init llama2-7b or the like with "
+                        "random weights, plain and with DMC, write bench.json into --out, and stop")
     for f in fields(Settings):
         kind = {"type": f.type} if f.type in (int, float) else {}
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, **kind, **f.metadata["argument"])
@@ -932,18 +1248,22 @@ def parse(argv):
             options["keep"] = [float(cr) for part in options["keep"] for cr in part.split(",") if cr]
         except ValueError:
             raise InputError(f"--keep {' '.join(options['keep'])} is no list of ratios; give one such as 2,3,4.") from None
-    run = argparse.Namespace(**{name: options.pop(name) for name in ("out", "resume", "preset", "memory")})
+    run = argparse.Namespace(**{name: options.pop(name) for name in ("out", "resume", "preset", "memory", "plot", "bench")})
     return options, run
 
 
 def open_run(argv):
-    """The Run that the command line asks for, and the function that carries it out."""
+    """The Run that the command line asks for, if any, and the function that carries it out."""
     given, options = parse(argv)
+    if options.plot:
+        return None, partial(plot, options.plot)
     memory = options.memory and options.memory * 1e9
     if not options.resume:
         defaults = PRESETS[options.preset or (given["init"] if given.get("init") in PRESETS else "laptop")]
         if given.get("init") and (sized := {"layers", "heads", "kv_heads", "dim", "ffn_dim", "pretrain_steps"} & given.keys()):
             raise InputError(f"{flag(min(sized))} is for the small model; leave it out with --init, which brings its own.")
+        if options.bench is not None:
+            return None, partial(measure_speed, Settings(**{**defaults, **given}), options.bench, options.out or Path("runs"))
         numbers = [int(p.name) for p in runs_by_number()]
         run = Run(Settings(**{**defaults, **given}), options.out or Path("runs") / str(max(numbers, default=0) + 1), memory)
         return run, run.begin
@@ -952,20 +1272,27 @@ def open_run(argv):
         raise InputError("there is no run to resume in runs; give its folder with --out.")
     saved = read_json(out / "run.json")["settings"]
     for name, value in given.items():
-        if saved[name] != value:
+        if saved[name] != value and name not in CHANGEABLE:
             raise InputError(f"{flag(name)} was {saved[name]} when {out} began; resume without it, or start a new run.")
-    run = Run(Settings(**saved), out, memory)
+    run = Run(Settings(**{**saved, **given}), out, memory)
     return run, run.resume
 
 
 def main(argv=None):
     torch.set_flush_denormal(True)      # products of many small alphas are denormal, which CPUs are slow at
     sys.stdout.reconfigure(errors="replace")      # a terminal that cannot show a character shows ? instead
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")       # it is, where there is one process
     warnings.formatwarning = lambda message, *_: f"train.py: warning: {message}\n"
     run = None
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(device_of_this_process())
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - as long as the process lives
     try:
         run, carry_out = open_run(argv)
-        for interruption in (signal.SIGINT, signal.SIGTERM):
+        for interruption in (signal.SIGINT, signal.SIGTERM) if run else ():
             signal.signal(interruption, lambda *_: setattr(run, "stop", True))
         carry_out()
         return 0
@@ -975,6 +1302,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(f"\nStopped, and saved. To go on: python train.py --resume --out {shlex.quote(str(run.out))}" if run else "")
         return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
