@@ -835,22 +835,23 @@ def test_a_full_disk_while_saving_keeps_the_state(tmp_path, finished, text, caps
 
 
 LEAN = ["--precision", "bf16", "--micro-batch", "1"]
+SHORT = ["--pretrain-steps", "2", "--keep", "3", "--solidify-steps", "1"]
 
 
 def test_a_scheduler_stops_a_run_between_two_passes(tmp_path, text, capsys):
     """In bf16, where the noise of the rounding comes out the same too."""
     whole, out, calls, batch = tmp_path / "whole", tmp_path / "run", iter(range(100)), train.batch
     with single_threaded():
-        assert train.main(["--out", str(whole), "--data", text, *TINY, *LEAN]) == 0
+        assert train.main(["--out", str(whole), "--data", text, *TINY, *SHORT, *LEAN]) == 0
 
     def asked(*args):
-        if next(calls) == 20:                     # the first half of the retrofit's step 1
+        if next(calls) == 12:                     # the first half of the retrofit's step 1
             os.kill(os.getpid(), signal.SIGTERM)
         return batch(*args)
 
     with pytest.MonkeyPatch.context() as patch, single_threaded():
         patch.setattr(train, "batch", asked)
-        assert train.main(["--out", str(out), "--data", text, *TINY, *LEAN]) == 130
+        assert train.main(["--out", str(out), "--data", text, *TINY, *SHORT, *LEAN]) == 130
     assert f"--resume --out {out}" in capsys.readouterr().out
     state = json.loads((out / "state.json").read_text())
     assert (state["phase"], state["step"]) == (2, 1)
@@ -1339,6 +1340,73 @@ def single_threaded():
         torch.set_num_threads(threads)
 
 
+# ------------------------------------------------------------------------------------------------ watching a run
+
+def test_metrics_have_what_a_plot_needs(finished):
+    entries = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert all(e["tokens_per_second"] > 0 and e["peak_gb"] > 0.01 and e["mfu"] is None for e in entries)
+    heads = [e for e in entries if "heads" in e]
+    assert {e["phase"] for e in heads} == {"retrofit", "solidify"} and len(heads) >= 5
+    for e in heads:
+        assert 1 / np.mean(1 / np.array(e["heads"])) == pytest.approx(e["cr"], abs=0.01) and np.shape(e["heads"]) == (1, 1)
+
+
+def test_runs_are_drawn(finished, tmp_path, capsys):
+    oracle("matplotlib")
+    for name in ("one", "two"):
+        shutil.copytree(finished, tmp_path / name)
+    assert train.main(["--plot", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    picture = (tmp_path / "one/plot.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 20_000 and not (tmp_path / "two/plot.png").exists()
+    (tmp_path / "two/metrics.jsonl").write_text("")
+    assert "no step with decisions" in refusal(train.main, ["--plot", str(tmp_path / "two")], capsys, tmp_path)
+
+
+def test_a_plot_without_its_library(finished, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install matplotlib" in refusal(train.main, ["--plot", str(finished)], capsys, tmp_path)
+
+
+def test_speed_is_measured(tiny_shape, tmp_path, capsys):
+    arguments = ["--init", "tiny", "--bench", "4", *LEAN, "--batch", "2", "--context", "16"]
+    with single_threaded():
+        assert train.main([*arguments, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "bench.json").read_text())
+    for name in ("plain", "dmc"):
+        speed, seconds = found[name]["tokens_per_second"], found[name]["seconds_per_step"]
+        assert speed * seconds == pytest.approx(2 * 16) and 4 < found[name]["loss"] < 7
+    assert "--bench needs" in refusal(train.main, [*arguments[:2], "--bench", "2"], capsys, tmp_path)
+
+
+def test_model_flops(monkeypatch):
+    """Of Llama 2 7B at 4,096 tokens: 6 for each of 6.74 billion parameters, and 12 L dim T / 2."""
+    config = Config(**generate.SHAPES["llama2-7b"])
+    assert train.flops_per_token(config, 4096) == 6 * 6738415616 + 12 * 32 * 4096 * 4096 // 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert train.flops_share(0.4 * 989e12) == 0.4
+
+
+def test_presets_are_the_papers(monkeypatch, tmp_path):
+    """What stands in EQUATIONS.md's table, in tokens."""
+    for name, lr in (("llama2-7b", 3e-5), ("llama2-13b", 3e-5), ("llama2-70b", 1.5e-5)):
+        s = train.Settings(**{**train.PRESETS[name], "init": name})
+        step = s.batch * s.context
+        assert (s.lr, s.tau, s.c, s.window, s.cr_weight, s.precision) == (lr, 0.1, 5, 12, 1, "bf16")
+        assert (s.beta2, s.eps, s.weight_decay, s.clip) == (0.95, 1e-5, 0.1, 1)
+        assert s.free_steps * step == pytest.approx(1e9, rel=0.05) and s.solidify_steps * step == pytest.approx(8e9, rel=0.05)
+        phases = train.plan(s, tmp_path)
+        assert [p.name for p in phases] == ["pretrain", "free", "retrofit", "solidify", "solidify", "solidify"]
+        assert phases[2].keep == {6000: "retrofit-2", 12000: "retrofit-3", 18000: "retrofit-4"}
+        assert 6000 * step == pytest.approx(24e9, rel=0.05) and {p.steps for p in phases[3:]} == {2000}
+        assert [phases[2].target(i) for i in (5999, 11999)] == [2, 3]
+    chosen = []
+    monkeypatch.setattr(train, "Run", lambda s, *_: chosen.append(s) or types.SimpleNamespace(begin=None))
+    for arguments in ("--init llama2-70b", "--init x/y", "--init llama2-7b --preset short --keep 2,3"):
+        train.open_run(arguments.split())
+    assert [(s.lr, s.batch, s.kept()) for s in chosen] == [(1.5e-5, 1024, [2, 3, 4]), (1e-3, 8, [2, 3, 4]), (3e-5, 64, [2, 3])]
+
+
 # ------------------------------------------------------------------------------------------------ generating
 
 @given(seeds, st.integers(1, 12))
@@ -1432,6 +1500,8 @@ BAD_TRAIN = {
     "CR below 1": ["--cr", "0.5"],
     "keep out of range": ["--cr", "3", "--keep", "5"],
     "keep below 1": ["--keep", "0.5"],
+    "keep that is no list": ["--keep", "2,many"],
+    "passes that do not divide the batch": ["--batch", "8", "--micro-batch", "3"],
     "nothing to resume": ["--resume"],
     "no output folder": ["--out", "short/run"],
 }

@@ -1122,13 +1122,14 @@ def measure_speed(s, steps, out):
     share = s.batch // count
     size = s.micro_batch or share
     if steps < 4 or not s.init or s.batch % (count * size):
-        raise InputError("--bench takes at least 4 steps, --init llama2-7b or the like, and a --batch that --micro-batch divides.")
+        raise InputError("--bench needs 4 or more steps, --init llama2-7b or the like, and a --batch that divides evenly.")
     for name in ("plain", "dmc"):
         config = random_model(s.init, device="meta").config
         check_memory(memory_plan(config, s, count), free_memory())
         phase = Phase(name, None, None, steps, 0, 0, s.lr, dmc=name == "dmc", cr=(1.0, s.cr) if name == "dmc" else None)
         torch.manual_seed(s.seed)
-        whole = random_model(s.init, dmc_fast if s.lean else dmc, device if count == 1 else None, s.dtype, **s.method(phase.dmc))
+        ops, place = dmc_fast if s.lean else dmc, device if count == 1 else None
+        whole = random_model(s.init, ops, place, s.dtype, **s.method(phase.dmc))
         model = ready(whole if count == 1 else share_out(whole, s.dtype, device))
         optimizer, seconds = new_optimizer(model, s, share // size), []
         torch.manual_seed(s.seed + rank)
@@ -1141,8 +1142,8 @@ def measure_speed(s, steps, out):
             print(f"{name:<6}{step + 1:>4}/{steps}  loss {loss:.4f}  {seconds[-1]:.3f} s", flush=True)
         per_step = float(np.median(seconds[3:]))
         speed = s.batch * s.context / per_step
-        figures[name] = {"seconds_per_step": per_step, "tokens_per_second": speed, "peak_gb": peak_memory() / 1e9, "loss": loss,
-                         "mfu": flops_share(speed * flops_per_token(config, s.context) / count)}
+        figures[name] = {"seconds_per_step": per_step, "tokens_per_second": speed, "peak_gb": peak_memory() / 1e9,
+                         "loss": loss, "mfu": flops_share(speed * flops_per_token(config, s.context) / count)}
         del whole, model, optimizer
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -1151,7 +1152,8 @@ def measure_speed(s, steps, out):
     print("\n".join(f"{name:<6}{f['tokens_per_second']:10,.0f} tokens/s, MFU {f['mfu']}, peak {f['peak_gb']:.1f} GB"
                     for name, f in figures.items()) + f"\na DMC step takes {ratio:.3f} times a plain one")
     if rank == 0:
-        write_json(out / "bench.json", {**figures, "dmc_to_plain": ratio, "cards": count, "settings": asdict(s), **provenance()})
+        facts = {"dmc_to_plain": ratio, "cards": count, "settings": asdict(s), **provenance()}
+        write_json(out / "bench.json", {**figures, **facts})
 
 
 # ------------------------------------------------------------------------------------------------ plots
@@ -1236,7 +1238,7 @@ def parse(argv):
     parser.add_argument("--preset", choices=PRESETS, help="which defaults: the small model's, the paper's for a size of Llama "
                         "2, or a short schedule [the paper's with --init llama2-7b, -13b or -70b; else laptop]")
     parser.add_argument("--memory", type=float, metavar="GB", help="what each card may hold [what is free]")
-    parser.add_argument("--plot", type=Path, nargs="+", metavar="RUN", help="draw what runs did so far as RUN/plot.png, and stop")
+    parser.add_argument("--plot", type=Path, nargs="+", metavar="RUN", help="draw what runs did so far, as RUN/plot.png; stop")
     parser.add_argument("--bench", type=int, metavar="STEPS", help="measure so many steps of --init llama2-7b or the like with "
                         "random weights, plain and with DMC, write bench.json into --out, and stop")
     for f in fields(Settings):
