@@ -1,4 +1,5 @@
-"""Retrofit a Llama with DMC. From nothing to a table, on a laptop: `python train.py`. A real one: `--init FOLDER`.
+"""Retrofit a Llama with DMC. From nothing to a table, on a laptop: `python train.py`. Llama 2 7B, on one 80 GB card:
+`python train.py --init llama2-7b --data FILE...`. On many cards: `torchrun --nproc_per_node N train.py ...`.
 
 Five phases, each of which starts from the weights that an earlier one left behind:
 
@@ -9,8 +10,8 @@ Five phases, each of which starts from the weights that an earlier one left behi
     control    the pretrained model trained for as many further steps without compression, to compare with; with --init
                only if --control asks for it
 
-Everything is written to --out: `run.json` (the settings), `metrics.jsonl` (a line per step), `state.pt` (what --resume
-needs), a folder of weights per model, and `summary.json` (the final table).
+Everything is written to --out: `run.json` (the settings), `metrics.jsonl` (a line per step), `state.json` and a folder of
+tensors (what --resume needs), a folder of weights per model, and `summary.json` (the final table).
 """
 
 import argparse
@@ -959,6 +960,7 @@ class Run:
                 self.save_model(model, phase.keep[step], phase=phase.name, target_cr=phase.target(step - 1), cr=cr)
             if step < phase.steps and step % s.save_every == 0:
                 self.save_state(index, step, model, optimizer)
+        del optimizer                    # whose memory the evaluation may need
         if phase.fade:
             for rows in control_rows(model):
                 rows.zero_()
