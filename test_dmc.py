@@ -802,10 +802,12 @@ def interrupted(out, text, interrupt, arguments=(), at=5):
 
 
 def test_no_number_for_a_loss_stops_the_run_and_keeps_the_state(tmp_path, finished, text, capsys):
+    assert interrupted(tmp_path / "first", text, lambda model: model.norm.weight.data.fill_(math.nan), at=0) == 2
+    assert "before step 0 of pretrain" in capsys.readouterr().err
     out = tmp_path / "run"
     assert interrupted(out, text, lambda model: model.norm.weight.data.fill_(math.nan)) == 2
     said = capsys.readouterr().err
-    assert "the loss is nan" in said and "step 5 of pretrain, batch 5" in said and "step 4 of pretrain" in said
+    assert "the loss is nan" in said and "step 5 of pretrain, batch 5" in said and "before step 4 of pretrain" in said
     assert train.main(["--out", str(out), "--resume"]) == 0
     assert curve(out) == curve(finished)
 
@@ -1020,6 +1022,19 @@ def test_every_form_of_text_gives_the_same_documents(tmp_path_factory, texts, pa
         texts = ["\x0c\n".join(texts)]
         path = write_packed(folder / f"f.py{packed}", texts[0])
     assert [text for text, _ in train.documents(path, "body")] == texts
+
+
+def test_zst_is_read_where_its_library_is(tmp_path, monkeypatch):
+    zstandard = oracle("zstandard")
+    path, packed = tmp_path / "f.txt.zst", zstandard.compress(b"one\n\x0c\ntwo\n" * 1000)
+    path.write_bytes(packed)
+    assert [text for text, _ in train.documents(path, "text")] == ["one\n", *["two\none\n"] * 999, "two\n"]
+    path.write_bytes(packed[:4] + bytes(9) + packed[13:])
+    with pytest.raises(InputError, match="damaged"):
+        list(train.documents(path, "text"))
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(InputError, match="pip install zstandard"):
+        next(train.documents(path, "text"))
 
 
 @given(seeds, st.lists(st.integers(1, 9), min_size=1, max_size=8), st.data())

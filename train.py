@@ -31,7 +31,6 @@ import sys
 import sysconfig
 import time
 import warnings
-import zlib
 from array import array
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -242,7 +241,9 @@ def documents(path, field):
         raise InputError(f"{path} is no JSON in line {number}; mend it, or leave it out of --data.") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}); check --data.") from None
-    except (EOFError, lzma.LZMAError, zlib.error) as error:
+    except InputError:
+        raise
+    except Exception as error:      # each library has its own kind for a damaged file
         raise InputError(f"{path} is damaged ({error}); fetch it anew, or leave it out of --data.") from None
 
 
@@ -311,7 +312,8 @@ def content_key(files, folder, field):
 
 
 def prepare(files, folder, field, cache):
-    """Tokenize into cache/KEY, unless that is done: tokens.npy and, since documents differ in length, ends.npy. Returns KEY."""
+    """Tokenize into the folder cache/KEY, unless that is done: `tokens`, all in a row, and `ends`, where each document ends
+    (int64). Returns KEY."""
     key = content_key(files, folder, field)
     if (cache / key).is_dir():
         return key
@@ -330,7 +332,9 @@ def prepare(files, folder, field, cache):
                     print(f"tokenizing {done:4.0%}, {total:,} tokens, {total / (shown - began):,.0f} per second",
                           end="\r" if sys.stdout.isatty() else "\n", flush=True)
             os.fsync(out.fileno())
-        np.save(partial_folder / "ends.npy", np.array(ends))
+        with (partial_folder / "ends").open("wb") as out:
+            ends.tofile(out)
+            os.fsync(out.fileno())
         partial_folder.replace(cache / key)
     except OSError as error:
         if not (cache / key).is_dir():       # else another run was faster
@@ -376,9 +380,8 @@ def load_data(settings, folder, key=None):
             raise InputError("this Python has no sources of its standard library; give text files with --data.")
         key = prepare(files, folder, settings.field, cache)
     small = tokenizer_of(folder).vocab_size <= 2 ** 16
-    ends = np.load(cache / key / "ends.npy")
-    empty = not (cache / key / "tokens").stat().st_size        # which cannot be mapped
-    tokens = np.zeros(0) if empty else np.memmap(cache / key / "tokens", np.uint16 if small else np.uint32, mode="r")
+    ends = np.fromfile(cache / key / "ends", np.int64)
+    tokens = np.memmap(cache / key / "tokens", np.uint16 if small else np.uint32, mode="r") if ends[-1:].any() else np.zeros(0)
     starts = np.concatenate([[0], ends[:-1]])
     if len(ends) == 1:
         cut = len(tokens) * 19 // 20
@@ -412,13 +415,14 @@ def batch(tokens, settings, position, device, rows=None):
     model's, sequences begin at random places.
     """
     s, T = settings, settings.context
+    rows = range(s.batch) if rows is None else rows
     if s.data:
         n = (len(tokens) - 1) // T
-        places = (divmod(position * s.batch + row, n) for row in range(s.batch))
-        starts = np.array([shuffled(s.seed, epoch, n)[i] * T for epoch, i in places])
+        places = (divmod(position * s.batch + row, n) for row in rows)
+        starts = [shuffled(s.seed, epoch, n)[i] * T for epoch, i in places]
     else:
-        starts = np.random.default_rng([s.seed, position]).integers(0, len(tokens) - T, s.batch)
-    return sequences(tokens, starts if rows is None else starts[rows.start:rows.stop], T, device)
+        starts = np.random.default_rng([s.seed, position]).integers(0, len(tokens) - T, s.batch)[rows.start:rows.stop]
+    return sequences(tokens, starts, T, device)
 
 
 # ------------------------------------------------------------------------------------------------ phases
@@ -867,11 +871,10 @@ class Run:
 
     def known_key(self):
         """The key of the text that the run in the folder began with, if there is one."""
-        return read_json(self.out / "run.json")["text"] if (self.out / "run.json").exists() else None
+        return str(read_json(self.out / "run.json").get("text")) if (self.out / "run.json").exists() else None
 
     def facts(self):
-        return {"settings": asdict(self.settings), "train_tokens": len(self.train_tokens),
-                "text": self.key}
+        return {"settings": asdict(self.settings), "train_tokens": len(self.train_tokens), "text": self.key}
 
     def resume(self):
         """Go on from the last saved state, or from the start where nothing was saved yet."""
@@ -898,7 +901,7 @@ class Run:
         disk that is full, leaves the old state or the new one."""
         name = f"state-{index}-{step}" if model is not None else None
         with writing(self.out):
-            if name and name != self.tensors:
+            if name and name != self.saved["tensors"]:
                 self.remove_states()
                 try:
                     dcp.save(states(model, optimizer), checkpoint_id=self.out / name, no_dist=self.cards == 1)
@@ -907,14 +910,14 @@ class Run:
                     raise
             if self.rank == 0:
                 os.fsync(self.metrics.fileno())           # the curve is on disk before the state that continues it
-        self.write_json(self.out / "state.json", {"phase": index, "step": step, "seconds": self.seconds(), "tensors": name})
-        self.tensors, self.saved = name, f"step {step} of {self.phases[index].name}" if step else f"phase {index + 1}"
+        self.saved = {"phase": index, "step": step, "seconds": self.seconds(), "tensors": name}
+        self.write_json(self.out / "state.json", self.saved)
         self.remove_states()
         self.wait()
 
     def remove_states(self):
         for folder in self.out.glob("state-*") if self.rank == 0 else ():
-            if folder.name != self.tensors:
+            if folder.name != self.saved["tensors"]:
                 shutil.rmtree(folder)
         self.wait()
 
@@ -928,7 +931,7 @@ class Run:
 
     def execute(self, state):
         """All phases from where `state` was saved; then the table."""
-        self.tensors = state["tensors"]
+        self.saved = state
         for index in range(state["phase"], len(self.phases)):
             self.train(index, state)
             state = BEGINNING
@@ -951,8 +954,9 @@ class Run:
                 self.save_state(index, step, model, optimizer)
                 raise
             except FloatingPointError as error:
+                good = f"before step {self.saved['step']} of {self.phases[self.saved['phase']].name}"
                 raise InputError(f"{error} at step {step} of {phase.name}, batch {phase.position + step} of the data; the last "
-                                 f"good state, {self.saved}, is kept: --resume with a lower --lr or --clip.") from None
+                                 f"good state, {good}, is kept: --resume with a lower --lr or --clip.") from None
             self.clock(phase.dmc, time.perf_counter() - began)
             self.record(index, step, loss, cr, heads)
             step += 1
