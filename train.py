@@ -33,7 +33,7 @@ import time
 import warnings
 from array import array
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
@@ -293,22 +293,17 @@ def encode_all(files, folder, field, alone=2 ** 24):
 
 def content_key(files, folder, field):
     """A name for the tokens of these files: the same for the same contents, in the same order, and the same tokenizer."""
-    def digest(path):
-        try:
+    tokenizer, whole = tokenizer_of(folder), hashlib.blake2b(digest_size=12)
+    try:
+        whole.update(json.dumps([field, tokenizer.special_ids]).encode() + tokenizer.files["tokenizer.json"])
+        for path in files:
+            whole.update(json.dumps([path.suffixes[-2:], path.stat().st_size]).encode())
             with path.open("rb") as f:
-                whole = hashlib.blake2b()
                 while block := f.read(2 ** 20):
                     whole.update(block)
-                return whole.digest()
-        except OSError as error:
-            raise InputError(f"{path} cannot be read ({error.strerror}); check --data.") from None
-
-    with ThreadPoolExecutor() as pool:
-        parts = [whole + "".join(file.suffixes[-2:]).encode()
-                 for file, whole in zip(files, pool.map(digest, files), strict=True)]
-    tokenizer = tokenizer_of(folder)
-    parts += [tokenizer.files["tokenizer.json"], json.dumps([tokenizer.special_ids, field]).encode()]
-    return hashlib.blake2b(b"".join(hashlib.blake2b(part).digest() for part in parts), digest_size=12).hexdigest()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); check --data.") from None
+    return whole.hexdigest()
 
 
 def prepare(files, folder, field, cache):
