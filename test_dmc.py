@@ -868,7 +868,7 @@ TWO_PROCESSES = """
 import sys, torch, train
 calls, step = iter(range(100)), train.train_step
 def dying_step(*args):
-    if next(calls) == 14:
+    if next(calls) == 7:
         raise RuntimeError("power cut")
     return step(*args)
 train.train_step = dying_step
@@ -878,18 +878,19 @@ sys.exit(train.main(sys.argv[1:]))
 
 
 def test_two_processes_train_like_one_and_resume_each_others_state(tmp_path, text):
-    """One process up to step 5; two, with FSDP2 over gloo, through the ends of three phases; then one again."""
-    arguments = ["--data", text, *TINY, "--kv-heads", "2", "--dim", "12", "--heads", "2", "--micro-batch", "1"]
+    """One process into the retrofit; two, with FSDP2 over gloo, through solidify into the control; then one again."""
+    arguments = ["--data", text, *TINY, *SHORT, "--save-every", "2", "--kv-heads", "2", "--dim", "12", "--micro-batch", "1"]
     whole, out, script = tmp_path / "whole", tmp_path / "run", tmp_path / "two.py"
     assert train.main(["--out", str(whole), *arguments]) == 0
     with pytest.raises(PowerCut):
-        interrupted(out, text, dies, arguments[2:])
+        interrupted(out, text, dies, arguments[2:], at=8)
+    assert json.loads((out / "state.json").read_text())["tensors"] == "state-2-2"
     script.write_text(TWO_PROCESSES)
     two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script),
                           "--resume", "--out", str(out)], capture_output=True, text=True, timeout=120,
                          env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
     state = json.loads((out / "state.json").read_text())
-    assert "power cut" in two.stderr and state["phase"] == 3 and state["tensors"], two.stderr
+    assert "power cut" in two.stderr and state["tensors"] == "state-4-2", two.stderr
     assert train.main(["--out", str(out), "--resume"]) == 0
     for ours, theirs in zip(curve(out), curve(whole), strict=True):
         assert ours["phase"] == theirs["phase"] and ours["step"] == theirs["step"]
@@ -1135,7 +1136,7 @@ def test_train_refuses_bad_data(tmp_path, monkeypatch, capsys, case, cache_of_to
 
 # ------------------------------------------------------------------------------------------------ training in less memory
 
-@given(st.floats(width=32, allow_nan=False, allow_infinity=False, max_value=2.0 ** 127, min_value=-2.0 ** 127))
+@given(st.floats(width=32, allow_subnormal=False, max_value=2.0 ** 127, min_value=-2.0 ** 127))
 def test_stochastic_rounding_is_unbiased(x):
     """Over all noise there is, each value once, the mean is x itself; and nothing but x's two neighbours occurs."""
     bits = torch.arange(2 ** 16, dtype=torch.int32)
@@ -1273,8 +1274,8 @@ def test_any_cut_of_a_batch_gives_the_same_step():
         torch.manual_seed(0)
         model = Transformer(s.small_config())
         passes = [(6 // size, part[:, :-1], part[:, 1:]) for part in x.split(size)]
-        loss, norm, *_ = train.train_step(model, train.new_optimizer(model, s), train.plan(s)[0], 5, passes, s)
-        moved.append(torch.cat([torch.tensor([loss, norm]), *(p.detach().flatten() for p in model.parameters())]))
+        loss, *_ = train.train_step(model, train.new_optimizer(model, s), train.plan(s)[0], 5, passes, s)
+        moved.append(torch.cat([torch.tensor([loss]), *(p.detach().flatten() for p in model.parameters())]))
     assert_close(moved[0], moved[1], 1e-5)
     assert_close(moved[0], moved[2], 1e-5)
 
