@@ -1557,6 +1557,7 @@ BAD_TRAIN = {
     "keep out of range": ["--cr", "3", "--keep", "5"],
     "keep below 1": ["--keep", "0.5"],
     "keep that is no list": ["--keep", "2,many"],
+    "solidify what is not kept": ["--keep", "2,4", "--solidify", "3"],
     "passes that do not divide the batch": ["--batch", "8", "--micro-batch", "3"],
     "nothing to resume": ["--resume"],
     "no output folder": ["--out", "short/run"],
@@ -1614,6 +1615,7 @@ def test_train_refuses(case, messy_folder, capsys, text):
 def test_train_refuses_to_touch_another_run(finished, text, capsys):
     assert "already holds a run" in refusal(train.main, ["--out", str(finished), "--data", text, *TINY], capsys, finished)
     assert "--cr was 3" in refusal(train.main, ["--out", str(finished), "--resume", "--cr", "2"], capsys, finished)
+    assert "without a control" in refusal(train.main, ["--out", str(finished), "--resume", "--solidify", "3"], capsys, finished)
 
 
 def test_resume_refuses_other_text_and_damaged_state(tmp_path, text, capsys):
@@ -2157,6 +2159,20 @@ def test_a_given_model_with_a_control_and_a_kill(tmp_path, plain, text, monkeypa
         assert train.main([*arguments, "--resume"]) == 0
         curves.append(curve(tmp_path / name))
     assert curves[0] == curves[1] and "control" in summary(tmp_path / "whole")
+
+
+def test_solidify_starts_from_any_kept_model_also_later(tmp_path, plain, text, capsys):
+    for name, chosen in (("at once", "3,2"), ("later", "3")):
+        arguments = ["--init", str(plain), "--data", text, *RETROFIT, "--solidify", chosen]
+        assert train.main([*arguments, "--out", str(tmp_path / name)]) == 0
+    later = tmp_path / "later"
+    assert (later / "retrofit-2").exists() and not (later / "cr2").exists()
+    assert [entry["target"] for entry in summary(later)["dmc"]] == [3]
+    capsys.readouterr()
+    resume = ["--resume", "--out", str(later), "--solidify"]
+    assert "behind those" in refusal(train.main, [*resume, "2,3"], capsys, tmp_path)
+    assert train.main([*resume, "3,2"]) == 0
+    assert curve(later) == curve(tmp_path / "at once") and summary(later)["dmc"] == summary(tmp_path / "at once")["dmc"]
 
 
 BAD_INIT = {

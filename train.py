@@ -101,8 +101,9 @@ class Settings:
     solidify_steps: int = setting(260, "steps at the fixed CR while the learning rate decays; beside a control, models kept "
                                   "earlier take so many more that all end after as many steps", 2000)
     cr: float = setting(4.0, "the compression ratio to reach")
-    keep: list = setting(None, "CRs at which a model is kept and solidified, as in 2,3,4 [2, 3, ... and --cr]", nargs="+",
-                         metavar="CR")
+    keep: list = setting(None, "CRs at which a model is kept, as in 2,3,4 [2, 3, ... --cr]", nargs="+", metavar="CR")
+    solidify: list = setting(None, "which of them to solidify, in this order; more can be added with --resume where there is "
+                             "no control [all]", nargs="+", metavar="CR")
     pretrain_lr: float = setting(2e-3, "peak learning rate of pretraining, a cosine to 10%%")
     lr: float = setting(1e-3, "learning rate of the other phases: constant, then in solidify a cosine to 10%%", 3e-5)
     channel_lr_factor: float = setting(10.0, "how much larger the steps of the control channels' projection rows are", 1.0)
@@ -135,6 +136,9 @@ class Settings:
             raise InputError(f"--cr is {self.cr:g}; a compression ratio is at least 1.")
         if not all(1 <= cr <= self.cr for cr in self.kept()):
             raise InputError(f"--keep {' '.join(f'{cr:g}' for cr in self.keep)} leaves the range from 1 to --cr {self.cr:g}.")
+        if not set(self.solidified()) <= set(self.kept()):
+            raise InputError(f"--solidify {' '.join(f'{cr:g}' for cr in self.solidify)} names a CR at which no model is kept; "
+                             "add it to --keep.")
         if self.random_weights and not self.init:
             raise InputError("--random-weights needs the name of a shape; add --init llama2-7b.")
         if self.micro_batch and self.batch % self.micro_batch:
@@ -144,6 +148,10 @@ class Settings:
     def kept(self):
         """The CRs that the run yields a model of, in rising order."""
         return sorted(set(self.keep)) if self.keep else [float(cr) for cr in range(2, math.ceil(self.cr))] + [self.cr]
+
+    def solidified(self):
+        """Those of them that are trained on at their CR, in order."""
+        return list(dict.fromkeys(self.solidify or self.kept()))
 
     def small_config(self):
         """The Config of the plain Llama that is pretrained where none is given."""
@@ -467,7 +475,8 @@ def plan(s, given=None):
               keep={step: f"retrofit-{cr:g}" for cr, step in reach.items()}),
     ]
     control = s.control or not s.init
-    for cr, step in reach.items():           # with a control, all end after as many steps as it, which makes them comparable
+    for cr in s.solidified():          # with a control, all end after as many steps as it, which makes them comparable
+        step = reach[cr]
         steps = s.solidify_steps + (s.retrofit_steps - step if control else 0)
         phases.append(Phase("solidify", f"retrofit-{cr:g}", f"cr{cr:g}", steps, retrofit_at + step, steps, s.lr, cr=(cr, cr)))
     if control:
@@ -754,7 +763,7 @@ def evaluate(model, tokens, s, cache_class=None):
 # ------------------------------------------------------------------------------------------------ a run
 
 BEGINNING = {"phase": 0, "step": 0, "seconds": 0.0, "tensors": None}      # the state of a phase, or a run, that has not begun
-CHANGEABLE = {"lr", "clip", "save_every", "log_every"}                     # settings that --resume may give anew
+CHANGEABLE = {"lr", "clip", "save_every", "log_every", "solidify"}         # settings that --resume may give anew
 
 
 class Stopped(KeyboardInterrupt):
@@ -1078,7 +1087,7 @@ class Run:
         summary = {"unit": self.unit, "pretrained": self.figures("pretrained")["loss"], "dmc": []}
         if baseline.name == "control":
             summary["control"] = self.figures("control")["loss"]
-        for target in self.settings.kept():
+        for target in self.settings.solidified():
             self.stop_if_asked()
             entry = self.figures(f"cr{target:g}")
             pooling = pooling_cache(plain.Cache, every=max(1, round(entry["cr"])))
@@ -1246,11 +1255,11 @@ def parse(argv):
         kind = {"type": f.type} if f.type in (int, float) else {}
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, **kind, **f.metadata["argument"])
     options = vars(parser.parse_args(argv))
-    if "keep" in options:
+    for name in {"keep", "solidify"} & options.keys():
         try:
-            options["keep"] = [float(cr) for part in options["keep"] for cr in part.split(",") if cr]
+            options[name] = [float(cr) for part in options[name] for cr in part.split(",") if cr]
         except ValueError:
-            raise InputError(f"--keep {' '.join(options['keep'])} is no list of ratios; give one such as 2,3,4.") from None
+            raise InputError(f"--{name} {' '.join(options[name])} is no list of ratios; give one such as 2,3,4.") from None
     run = argparse.Namespace(**{name: options.pop(name) for name in ("out", "resume", "preset", "memory", "plot", "bench")})
     return options, run
 
@@ -1277,7 +1286,11 @@ def open_run(argv):
     for name, value in given.items():
         if saved[name] != value and name not in CHANGEABLE:
             raise InputError(f"{flag(name)} was {saved[name]} when {out} began; resume without it, or start a new run.")
-    run = Run(Settings(**{**saved, **given}), out, memory)
+    before, settings = Settings(**saved), Settings(**{**saved, **given})
+    if plan(replace(settings, lr=before.lr))[:len(plan(before))] != plan(before):
+        raise InputError("--solidify can name more CRs only behind those that it named before, and without a control; start a "
+                         "new run.")
+    run = Run(settings, out, memory)
     return run, run.resume
 
 
