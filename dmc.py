@@ -45,6 +45,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 class InputError(ValueError):
@@ -508,7 +509,7 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(self, tokens, cache=None, noise=False, gain=None, last=False):
+    def forward(self, tokens, cache=None, noise=False, gain=None, last=False, head=None, recompute=False):
         """tokens (B, T) -> logits (B, T, vocab), alpha (L, B, G, T) or None where nothing is decided.
 
         cache: tokens continue the sequences in it. noise: relaxed, noisy decisions (Eq. 8), for training only.
@@ -516,6 +517,8 @@ class Transformer(nn.Module):
         With a cache, gain must agree with the cache's own: 0 for a DMC model, 1 for a plain one.
         last: logits of the last token only, (B, 1, vocab), which is all that generating needs. The last layer's MLP then
         works for no other token.
+        head: what to return in the place of the logits, as a function of the last hidden states (B, T, dim).
+        recompute: of each layer only its input is kept; the backward pass computes the rest again, with the same noise.
         """
         if gain is None and not self.config.dmc:
             gain = 1.0
@@ -529,9 +532,10 @@ class Transformer(nn.Module):
         x = self.embed_tokens(tokens)
         alphas = []
         for i, layer in enumerate(self.layers):
-            x, alpha = layer(x, last and i == self.config.n_layer - 1, i, cos, sin, cache, noise, gain)
+            inputs = x, last and i == self.config.n_layer - 1, i, cos, sin, cache, noise, gain
+            x, alpha = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
             alphas.append(alpha)
-        return self.lm_head(self.norm(x)), torch.stack(alphas) if gain is None else None
+        return (head or self.lm_head)(self.norm(x)), torch.stack(alphas) if gain is None else None
 
     def control_rows(self):
         """Views, without gradient, of the projections' rows that feed the control channels: (heads, dim) each."""

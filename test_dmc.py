@@ -8,12 +8,14 @@ import ast
 import base64
 import codecs
 import contextlib
+import gzip
 import html
 import json
 import lzma
 import math
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import time
 import types
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +35,8 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 import dmc
 import dmc_fast
@@ -660,6 +665,14 @@ def test_checkpoint_of_another_shape_is_refused(tmp_path):
 
 # ------------------------------------------------------------------------------------------------ training
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_tokens(tmp_path_factory):
+    """Where runs keep tokenized text, instead of the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield Path(os.environ["XDG_CACHE_HOME"]) / "dmc"
+
+
 TINY = ["--layers", "1", "--heads", "2", "--kv-heads", "1", "--dim", "8", "--ffn-dim", "8", "--context", "16", "--batch", "2",
         "--pretrain-steps", "6", "--free-steps", "3", "--retrofit-steps", "5", "--solidify-steps", "3", "--cr", "3",
         "--keep", "2", "3", "--eval-sequences", "4", "--save-every", "4", "--log-every", "3", "--warmup", "2", "--c", "0"]
@@ -680,7 +693,9 @@ def finished(tmp_path_factory, text):
 
 
 def curve(out):
-    return (Path(out) / "metrics.jsonl").read_text()
+    """The lines of metrics.jsonl without what a clock or the machine has a part in."""
+    entries = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: x for key, x in e.items() if key not in ("tokens_per_second", "mfu", "peak_gb")} for e in entries]
 
 
 def summary(out):
@@ -694,7 +709,7 @@ def test_a_run_yields_its_models_and_its_table(finished, capsys):
     for entry in result["dmc"]:
         assert 1 <= entry["cr"] <= 16 and math.isfinite(entry["loss"]) and len(entry["heads"]) == 1
     assert result["seconds"] > 0 and result["versions"]["torch"] == torch.__version__
-    entries = [json.loads(line) for line in curve(finished).splitlines()]
+    entries = curve(finished)
     steps = {"pretrain": 6, "free": 3, "retrofit": 5, "solidify": 6 + 3, "control": 11}
     assert {name: sum(e["phase"] == name for e in entries) for name in steps} == steps
     assert [e["target_cr"] for e in entries if e["phase"] == "retrofit"] == pytest.approx([1.4, 1.8, 2.2, 2.6, 3.0])
@@ -714,8 +729,8 @@ def test_provenance_without_git(monkeypatch):
 def test_every_track_of_a_run_reads_the_same_data(tmp_path, text):
     positions = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "batch", lambda tokens, s, position, device, batch=train.batch:
-                      positions.append(position) or batch(tokens, s, position, device))
+        patch.setattr(train, "batch", lambda tokens, s, position, device, rows, batch=train.batch:
+                      positions.append(position) or batch(tokens, s, position, device, rows))
         assert train.main(["--out", str(tmp_path / "run"), "--data", text, *TINY]) == 0
     assert positions[:14] == list(range(14))                     # pretrain, free, retrofit
     assert positions[14:20] == list(range(11, 17))               # solidify at CR 2, left after step 2 of 5
@@ -749,19 +764,155 @@ def test_resume_is_bit_identical(tmp_path_factory, finished, text, died_at, agai
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_process_resumes(tmp_path, finished, text, signal_number):
-    out = tmp_path / "run"
+    out, delay = tmp_path / "run", np.random.default_rng().uniform(0, 1.5)
     command = [sys.executable, HERE / "train.py", "--out", out]
     process = subprocess.Popen([*command, "--data", text, *TINY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (out / "pretrained").exists():
+    while process.poll() is None and not (out / "metrics.jsonl").exists():
         time.sleep(0.01)
+    time.sleep(delay)
     process.send_signal(signal_number)
     printed = process.communicate(timeout=60)[0]
-    if signal_number == signal.SIGINT and process.returncode:
+    if signal_number == signal.SIGTERM and process.returncode:
         assert process.returncode == 130 and f"train.py --resume --out {out}" in printed
-    subprocess.run([*command, "--resume"], check=True, timeout=120, stdout=subprocess.DEVNULL)
+    assert train.main(["--out", str(out), "--resume"]) == 0
+    assert curve(out) == curve(finished), f"{delay} s after the start"
+
+
+class PowerCut(BaseException):
+    pass
+
+
+def dies(*args, **kwargs):
+    raise PowerCut
+
+
+SAVING_STOPS = {"before the tensors": ("dcp.save", False), "behind the tensors": ("dcp.save", True),
+                "before the old one goes": ("shutil.rmtree", False), "behind it": ("shutil.rmtree", True)}
+
+
+@pytest.mark.parametrize("moment", SAVING_STOPS)
+def test_a_kill_while_saving_leaves_a_whole_state(tmp_path, finished, text, moment):
+    """The second state of a phase, so that there is an old one."""
+    (module, _, name), behind = SAVING_STOPS[moment][0].partition("."), SAVING_STOPS[moment][1]
+    out, calls, real = tmp_path / "run", iter(range(100)), getattr(getattr(train, module), name)
+
+    def cut(*args, **kwargs):
+        last = next(calls) == (2 if name == "save" else 0)
+        result = real(*args, **kwargs) if behind or not last else None
+        return dies() if last else result
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
+        patch.setattr(getattr(train, module), name, cut)
+        train.main(["--out", str(out), "--data", text, *TINY, "--save-every", "2"])
+    assert train.main(["--out", str(out), "--resume", "--save-every", "4"]) == 0
+    assert curve(out) == curve(finished) and not list(out.glob("state-*"))
+
+
+def interrupted(out, text, interrupt, arguments=(), at=5):
+    """A run in which interrupt(model) is called before step `at`. Returns its exit code."""
+    step, calls = train.train_step, iter(range(100))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", lambda model, *args: (next(calls) == at and interrupt(model), step(model, *args))[1])
+        return train.main(["--out", str(out), "--data", text, *TINY, *arguments])
+
+
+def test_no_number_for_a_loss_stops_the_run_and_keeps_the_state(tmp_path, finished, text, capsys):
+    assert interrupted(tmp_path / "first", text, lambda model: model.norm.weight.data.fill_(math.nan), at=0) == 2
+    assert "before step 0 of pretrain" in capsys.readouterr().err
+    out = tmp_path / "run"
+    assert interrupted(out, text, lambda model: model.norm.weight.data.fill_(math.nan)) == 2
+    said = capsys.readouterr().err
+    assert "the loss is nan" in said and "step 5 of pretrain, batch 5" in said and "before step 4 of pretrain" in said
+    assert train.main(["--out", str(out), "--resume"]) == 0
     assert curve(out) == curve(finished)
+
+
+def test_resume_may_lower_the_learning_rate(tmp_path, text):
+    out = tmp_path / "run"
+    assert interrupted(out, text, lambda model: model.norm.weight.data.fill_(math.nan)) == 2
+    assert train.main(["--out", str(out), "--resume", "--lr", "1e-4"]) == 0
+    assert json.loads((out / "run.json").read_text())["settings"]["lr"] == 1e-4
+    assert {e["lr"] for e in curve(out) if e["phase"] == "retrofit"} == {5e-5, 1e-4}
+
+
+def test_a_full_disk_while_saving_keeps_the_state(tmp_path, finished, text, capsys):
+    """No file may grow beyond 20 KB, less than a state: the kernel refuses, as on a full disk."""
+    out, (soft, hard) = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        code = interrupted(out, text, lambda model: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard)),
+                           ["--save-every", "2"], at=3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err
+    assert code == 2 and "cannot be written" in said and "File too large" in said and "Traceback" not in said
+    assert json.loads((out / "state.json").read_text())["step"] == 2
+    assert [folder.name for folder in out.glob("state-*")] == ["state-0-2"]          # what did not fit makes room
+    assert train.main(["--out", str(out), "--resume", "--save-every", "4"]) == 0
+    assert curve(out) == curve(finished)
+
+
+LEAN = ["--precision", "bf16", "--micro-batch", "1"]
+SHORT = ["--pretrain-steps", "2", "--keep", "3", "--solidify-steps", "1"]
+
+
+def test_a_scheduler_stops_a_run_between_two_passes(tmp_path, text, capsys):
+    """In bf16, where the noise of the rounding comes out the same too."""
+    whole, out, calls, batch = tmp_path / "whole", tmp_path / "run", iter(range(100)), train.batch
+    with single_threaded():
+        assert train.main(["--out", str(whole), "--data", text, *TINY, *SHORT, *LEAN]) == 0
+
+    def asked(*args):
+        if next(calls) == 12:                     # the first half of the retrofit's step 1
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(*args)
+
+    with pytest.MonkeyPatch.context() as patch, single_threaded():
+        patch.setattr(train, "batch", asked)
+        assert train.main(["--out", str(out), "--data", text, *TINY, *SHORT, *LEAN]) == 130
+    assert f"--resume --out {out}" in capsys.readouterr().out
+    state = json.loads((out / "state.json").read_text())
+    assert (state["phase"], state["step"]) == (2, 1)
+    assert train.main(["--out", str(out), "--resume"]) == 0
+    assert curve(out) == curve(whole)
+    ours, theirs = (dmc.load(run / "cr3").state_dict() for run in (out, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+TWO_PROCESSES = """
+import sys, torch, train
+calls, step = iter(range(100)), train.train_step
+def dying_step(*args):
+    if next(calls) == 7:
+        raise RuntimeError("power cut")
+    return step(*args)
+train.train_step = dying_step
+torch.set_num_threads(1)
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_two_processes_train_like_one_and_resume_each_others_state(tmp_path, text):
+    """One process into the retrofit; two, with FSDP2 over gloo, through solidify into the control; then one again."""
+    arguments = ["--data", text, *TINY, *SHORT, "--save-every", "2", "--kv-heads", "2", "--dim", "12", "--micro-batch", "1"]
+    whole, out, script = tmp_path / "whole", tmp_path / "run", tmp_path / "two.py"
+    assert train.main(["--out", str(whole), *arguments]) == 0
+    with pytest.raises(PowerCut):
+        interrupted(out, text, dies, arguments[2:], at=8)
+    assert json.loads((out / "state.json").read_text())["tensors"] == "state-2-2"
+    script.write_text(TWO_PROCESSES)
+    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script),
+                          "--resume", "--out", str(out)], capture_output=True, text=True, timeout=120,
+                         env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+    state = json.loads((out / "state.json").read_text())
+    assert "power cut" in two.stderr and state["tensors"] == "state-4-2", two.stderr
+    assert train.main(["--out", str(out), "--resume"]) == 0
+    for ours, theirs in zip(curve(out), curve(whole), strict=True):
+        assert ours["phase"] == theirs["phase"] and ours["step"] == theirs["step"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5) and ours["cr"] == pytest.approx(theirs["cr"], abs=1e-4)
+    for ours, theirs in zip(summary(out)["dmc"], summary(whole)["dmc"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
 
 
 def test_control_rows_take_larger_steps_and_nothing_else_does():
@@ -775,7 +926,7 @@ def test_control_rows_take_larger_steps_and_nothing_else_does():
         optimizer = train.new_optimizer(model, s)
         x = torch.randint(0, 257, (2, 17))
         changed = train.Settings(**{**train.asdict(s), "channel_lr_factor": factor})
-        train.train_step(model, optimizer, phase, 0, x[:, :-1], x[:, 1:], changed)
+        train.train_step(model, optimizer, phase, 0, [(1, x[:, :-1], x[:, 1:])], changed)
         moved.append({name: p.detach() - start[name] for name, p in model.named_parameters()})
     for name in moved[0]:
         slow, fast = moved[0][name], moved[1][name]
@@ -851,10 +1002,481 @@ def test_training_text_is_split_by_file(tmp_path):
     for i in range(40):
         files.append(tmp_path / f"{i}.txt")
         files[-1].write_text(chr(65 + i) * 100)
-    train_tokens, val_tokens = train.load_data(train.Settings(data=[str(f) for f in files], context=16),
-                                                 dmc.Tokenizer.bytes())
+    train_tokens, val_tokens, _ = train.load_data(train.Settings(data=[str(f) for f in files], context=16), None)
+    train_tokens, val_tokens = (text[0:len(text)] for text in (train_tokens, val_tokens))
     assert len(train_tokens) == 38 * 101 and len(val_tokens) == 2 * 101
     assert not (set(train_tokens) & set(val_tokens)) - {256}
+
+
+# ------------------------------------------------------------------------------------------------ text for training
+
+WORDS = ["def ", "merge", "\n", "é", "🙂", " ", "append\n\n", "\x0c", "a\x0cb\n", '"', "\\"]
+TEXTS_OF_FILES = st.lists(st.lists(st.sampled_from(WORDS), max_size=30).map("".join), min_size=1, max_size=12)
+
+
+def data_settings(*paths, **changes):
+    return train.Settings(**{"data": [str(p) for p in paths], "context": 4, "batch": 2, **changes})
+
+
+def write_packed(path, text):
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    with opener(path, "wt", encoding="utf-8", newline="") as f:
+        f.write(text)
+    return path
+
+
+@given(TEXTS_OF_FILES, st.sampled_from(["", ".gz", ".xz"]), st.sampled_from([".txt", ".jsonl", ".py"]))
+def test_every_form_of_text_gives_the_same_documents(tmp_path_factory, texts, packed, kind):
+    folder = tmp_path_factory.mktemp("forms")
+    texts = [text for text in texts if "\n\x0c\n" not in f"\n{text}\n"]
+    if kind == ".txt":
+        ended = [text if text.endswith("\n") or not text else text + "\n" for text in texts]
+        path = write_packed(folder / f"f.txt{packed}", "\x0c\n".join(ended))
+        texts = ended or [""]
+    elif kind == ".jsonl":
+        lines = "".join(json.dumps({"id": 1, "body": text}) + "\n\n" for text in texts)
+        path = write_packed(folder / f"f.jsonl{packed}", lines)
+    else:
+        texts = ["\x0c\n".join(texts)]
+        path = write_packed(folder / f"f.py{packed}", texts[0])
+    assert [text for text, _ in train.documents(path, "body")] == texts
+
+
+def test_zst_is_read_where_its_library_is(tmp_path, monkeypatch):
+    zstandard = oracle("zstandard")
+    path, packed = tmp_path / "f.txt.zst", zstandard.compress(b"one\n\x0c\ntwo\n" * 1000)
+    path.write_bytes(packed)
+    assert [text for text, _ in train.documents(path, "text")] == ["one\n", *["two\none\n"] * 999, "two\n"]
+    path.write_bytes(packed[:4] + bytes(9) + packed[13:])
+    with pytest.raises(InputError, match="damaged"):
+        list(train.documents(path, "text"))
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(InputError, match="pip install zstandard"):
+        next(train.documents(path, "text"))
+
+
+@given(seeds, st.lists(st.integers(1, 9), min_size=1, max_size=8), st.data())
+def test_a_text_is_its_documents_in_order(seed, sizes, data):
+    rng = np.random.default_rng(seed)
+    tokens, ends = rng.integers(0, 1000, sum(sizes)), np.cumsum(sizes)
+    order = rng.permutation(len(sizes))
+    whole = np.concatenate([tokens[ends[i] - sizes[i]:ends[i]] for i in order])
+    text = train.Text(tokens, (ends - sizes)[order], ends[order])
+    start = data.draw(st.integers(0, len(whole) - 1))
+    stop = data.draw(st.integers(start + 1, len(whole) + 3))
+    assert len(text) == len(whole) and np.array_equal(text[start:stop], whole[start:stop])
+
+
+def test_each_sequence_is_read_once_per_round_and_validation_never(tmp_path):
+    """Documents of one repeated byte each: what a batch holds shows where it is from."""
+    path = tmp_path / "f.txt"
+    path.write_bytes(b"\x0c\n".join(bytes([32 + i]) * (20 + i) + b"\n" for i in range(60)))
+    s = data_settings(path)
+    train_text, val_text, key = train.load_data(s, None)
+    held_out = set(val_text[0:len(val_text)].tolist()) - {10, 256}
+    assert len(held_out) == 3
+    n = (len(train_text) - 1) // 4
+    read = [train.batch(train_text, s, position, "cpu")[0].tolist() for position in range(n)]          # two rounds
+    rows = [tuple(row) for rows in read for row in rows]
+    in_order = sorted(tuple(train_text[i * 4:i * 4 + 4].tolist()) for i in range(n))
+    assert sorted(rows[:n]) == sorted(rows[n:]) == in_order and rows[:n] != rows[n:] != in_order
+    assert not held_out & {token for row in rows for token in row}
+    other = data_settings(path, seed=1)
+    assert train.batch(train_text, other, 0, "cpu")[0].tolist() != read[0]
+    assert np.array_equal(train.load_data(other, None)[1][0:50], val_text[0:50])                # the same for every seed
+    part = train.batch(train_text, s, 3, "cpu", range(1, 2))[0].tolist()
+    assert part == read[3][1:]
+
+
+def test_text_is_tokenized_once_for_its_content(tmp_path, monkeypatch, cache_of_tokens):
+    (tmp_path / "folder/below").mkdir(parents=True)
+    for i, name in enumerate(["b.txt", "a.txt", "below/c.jsonl"]):
+        line = f"text {i}" * 20
+        (tmp_path / "folder" / name).write_text(json.dumps({"text": line}) if "json" in name else line)
+    first = train.load_data(data_settings(tmp_path / "folder"), None)
+    encoded = []
+    monkeypatch.setattr(train, "encode", lambda *args, encode=train.encode: encoded.append(args) or encode(*args))
+    for pattern in (tmp_path / "folder", tmp_path / "folder/**/*.*"):
+        again = train.load_data(data_settings(pattern), None)
+        assert again[2] == first[2] and np.array_equal(again[0][0:99], first[0][0:99])
+    assert not encoded
+    (tmp_path / "folder/a.txt").write_text("text 3" * 20)
+    assert train.load_data(data_settings(tmp_path / "folder"), None)[2] != first[2] and encoded
+    shutil.rmtree(tmp_path / "folder")
+    assert np.array_equal(train.load_data(data_settings(tmp_path / "folder"), None, first[2])[0][0:99], first[0][0:99])
+    assert not list(cache_of_tokens.glob("*.partial"))
+
+
+def test_many_processes_tokenize_like_one(tmp_path):
+    paths = [tmp_path / f"{name}.jsonl.gz" for name in "ab"]
+    texts = [[f"{name}{i} " * 50_000 for i in range(20)] for name in "ab"]
+    for path, part in zip(paths, texts, strict=True):
+        with gzip.open(path, "wt", compresslevel=1) as f:
+            f.writelines(json.dumps({"text": text}) + "\n" for text in part)
+    portions = list(train.encode_all(paths, None, "text", alone=0))
+    arrays = [tokens for arrays, _ in portions for tokens in arrays]
+    shares = [done for _, done in portions]
+    assert len(portions) > 4 and shares == sorted(shares) and shares[-1] == 1
+    for tokens, text in zip(arrays, texts[0] + texts[1], strict=True):
+        assert bytes(tokens[:-1].astype(np.uint8)).decode() == text and tokens[-1] == 256
+
+
+BAD_DATA = {
+    "no such pattern": (None, "", "no such file"),
+    "damaged gzip": ("f.txt.gz", b"\x1f\x8b\x08\x00aaaaaaaaaa", "damaged"),
+    "cut gzip": ("f.txt.gz", gzip.compress(os.urandom(9999).hex().encode())[:5000], "damaged"),
+    "no gzip": ("f.txt.gz", b"plain text", "cannot be read"),
+    "damaged xz": ("f.txt.xz", lzma.compress(os.urandom(9999).hex().encode())[:5000], "damaged"),
+    "no xz": ("f.txt.xz", b"plain text", "damaged"),
+    "no UTF-8": ("f.jsonl", b'{"text": "\xff"}', "not UTF-8"),
+    "no JSON": ("f.jsonl", b'{"text": "a"}\n{"text": ', "in line 2"),
+    "no such field": ("f.jsonl", b'{"text": "a"}\n{"body": "a"}', "no text under text in line 2"),
+    "no object": ("f.jsonl", b"3", "no text under text in line 1"),
+    "no text": ("f.jsonl", b'{"text": 3}', "no text under text in line 1"),
+    "empty": ("f.txt", b"", "give more text"),
+    "an empty folder": ("sub/.hidden", b"x" * 1000, "no file to train on"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_train_refuses_bad_data(tmp_path, monkeypatch, capsys, case, cache_of_tokens):
+    name, content, says = BAD_DATA[case]
+    monkeypatch.chdir(tmp_path)
+    if name:
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(content)
+    given_data = "missing/*" if name is None else "sub" if "/" in name else name
+    assert says in refusal(train.main, ["--data", given_data, "--context", "16"], capsys, tmp_path)
+    assert not list(cache_of_tokens.glob("*.partial"))
+
+
+# ------------------------------------------------------------------------------------------------ training in less memory
+
+@given(st.floats(width=32, allow_subnormal=False, max_value=2.0 ** 127, min_value=-2.0 ** 127))
+def test_stochastic_rounding_is_unbiased(x):
+    """Over all noise there is, each value once, the mean is x itself; and nothing but x's two neighbours occurs."""
+    bits = torch.arange(2 ** 16, dtype=torch.int32)
+    rounded = train.round_stochastically(torch.full((2 ** 16,), x), bits - 2 ** 20).double()
+    assert rounded.mean().item() == x
+    assert (rounded - x).abs().max() <= max(abs(x) * 2.0 ** -7, 2.0 ** -133)
+    kept = rounded[:1].float()
+    assert torch.equal(train.round_stochastically(kept, bits[-1:]).float(), kept)       # bf16 stays bf16
+
+
+def test_stochastic_rounding_keeps_what_is_no_number():
+    x = torch.tensor([math.inf, -math.inf, math.nan])
+    rounded = train.round_stochastically(x, torch.full((3,), -1, dtype=torch.int32))
+    assert rounded[0] == math.inf and rounded[1] == -math.inf and rounded[2].isnan()
+
+
+def steps_of_adamw(model, gradients, **settings):
+    optimizer = train.new_optimizer(model, train.Settings(clip=0.5, **settings))
+    for gradient in gradients:
+        optimizer.zero_grad()
+        for p, g in zip(model.parameters(), gradient, strict=True):
+            p.grad = g.to(p.dtype).contiguous()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01
+        if settings.get("precision") == "bf16":
+            optimizer.clip(0.5)
+        else:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+    return optimizer
+
+
+def test_rounding_adamw_is_adamw_on_average(monkeypatch):
+    """Three steps, many times over: the mean of weights and moments is what fp64 AdamW makes of the same gradients."""
+    monkeypatch.setattr(train.RoundingAdamW, "CHUNK", 1000)          # cuts through the copies
+    copies, size = 4096, 7                                           # sqrt(4096) is exact in bf16
+    torch.manual_seed(0)
+    start, gradients = torch.randn(size).bfloat16(), torch.randn(3, 1, size).bfloat16()
+    exact = torch.nn.Linear(size, 1, bias=False).double()
+    many = torch.nn.Linear(size, copies, bias=False).bfloat16()
+    with torch.no_grad():
+        exact.weight.copy_(start[None])
+        many.weight.copy_(start.expand(copies, size))
+    moments = steps_of_adamw(exact, gradients[:, None], weight_decay=0.5, beta2=0.9).state[exact.weight]
+    shrunk = gradients * copies ** -0.5                              # so that the norm, and so the clipping, is the same
+    state = steps_of_adamw(many, shrunk.expand(3, copies, size)[:, None], precision="bf16", weight_decay=0.5, beta2=0.9,
+                           eps=1e-8 * copies ** -0.5).state[many.weight]
+    scale = copies ** 0.5
+    for ours, theirs, unit in ((many.weight, exact.weight, 1.0), (state["exp_avg"], moments["exp_avg"], scale),
+                               (state["exp_avg_sq"], moments["exp_avg_sq"], copies)):
+        ours, theirs = ours.detach().double() * unit, theirs.detach()[0]
+        error = (ours.mean(0) - theirs).abs()
+        assert (ours.std(0) > 0).any() and (error < 5 * ours.std(0) / scale + 1e-4 * theirs.abs()).all()
+
+
+def test_gradients_of_many_passes_add_up_in_fp32():
+    """Against the exact sum of the passes' bf16 gradients; a bf16 sum, which is what .grad holds, is far off."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 8, bias=False).bfloat16()
+    passes = torch.randn(300, 4, 8).bfloat16() + 1
+    gradients = [torch.autograd.grad(model(x).sum(), model.weight)[0].double() for x in passes]
+    for x in passes:
+        model(x).sum().backward()
+    rough = model.weight.grad.double()
+    optimizer = train.new_optimizer(model, train.Settings(precision="bf16"), passes=300)
+    optimizer.zero_grad()
+    for x in passes:
+        model(x).sum().backward()
+    exact = sum(gradients)
+    error = lambda total: ((total.double() - exact).norm() / exact.norm()).item()
+    assert model.weight.grad is None and error(optimizer.gradient(model.weight)) < 1e-6 and error(rough) > 0.01
+    assert optimizer.clip(1.0).item() == pytest.approx(exact.norm().item(), rel=1e-5)
+
+
+class Allocated(TorchDispatchMode):
+    """Bytes of the tensors that were made under it, beside the model's own, and still live; their peak; and those of the
+    largest. Counts tensors without data, on the device meta, just as well."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.storages, self.largest, self.live, self.peak = {}, 0, 0, 0
+        self.own = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        for x in tree_iter(out):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                if storage._cdata not in self.own | self.storages.keys():
+                    self.largest = max(self.largest, storage.nbytes())
+                    self.storages[storage._cdata] = storage.nbytes()
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self.gone, storage._cdata)
+        return out
+
+    def gone(self, key):
+        self.live -= self.storages.pop(key)
+
+
+def test_one_activation_per_layer_is_kept_and_no_full_logits():
+    kept = []
+    tokens = torch.zeros(2, 60, dtype=torch.long)
+    for layers in (2, 6):
+        model = Transformer(config_of(n_layer=layers, dim=128, vocab_size=1000), dmc_fast).bfloat16()
+        head = lambda h, model=model: train.language_loss(model.lm_head, tokens, h, chunk=40)
+        with single_threaded(), Allocated(model) as allocated:
+            loss, alpha = model(tokens, noise=True, head=head, recompute=True)
+            kept.append(allocated.live)
+            (loss + alpha.mean()).backward()
+        assert allocated.largest <= 1000 * 128 * 2 < 120 * 1000 * 4      # a matrix of weights; all logits in fp32 would be more
+    input_of_a_layer, alpha = 2 * 60 * 128 * 2, 2 * 4 * 60 * 4
+    assert kept[1] - kept[0] == 4 * (input_of_a_layer + alpha)          # the decisions, once more in the result's stack
+
+
+@given(seeds, groups, st.sampled_from([1, 7, 64]))
+@settings(max_examples=8)
+def test_saving_memory_changes_no_loss_and_no_gradient(seed, heads, chunk):
+    model, results = model_of(seed, heads), []
+    x = torch.randint(0, 29, (2, 14))
+    for head in (None, lambda h: train.language_loss(model.lm_head, x[:, 1:], h, chunk)):
+        torch.manual_seed(seed)
+        out, alpha = model(x[:, :-1], noise=True, head=head, recompute=head is not None)
+        loss = out if head else F.cross_entropy(out.float().flatten(0, 1), x[:, 1:].flatten())
+        results.append([loss, alpha, *torch.autograd.grad(loss + dmc.compression_loss(alpha, 4), list(model.parameters()))])
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b, 1e-6 * max(1.0, a.abs().max().item()))
+
+
+def test_any_cut_of_a_batch_gives_the_same_step():
+    """Without decisions, whose noise depends on the cut."""
+    s = train.Settings(layers=1, heads=2, kv_heads=1, dim=16, ffn_dim=16, context=16, batch=6)
+    x, moved = torch.randint(0, 257, (6, 17), generator=torch.Generator().manual_seed(0)), []
+    for size in (6, 2, 1):
+        torch.manual_seed(0)
+        model = Transformer(s.small_config())
+        passes = [(6 // size, part[:, :-1], part[:, 1:]) for part in x.split(size)]
+        loss, *_ = train.train_step(model, train.new_optimizer(model, s), train.plan(s)[0], 5, passes, s)
+        moved.append(torch.cat([torch.tensor([loss]), *(p.detach().flatten() for p in model.parameters())]))
+    assert_close(moved[0], moved[1], 1e-5)
+    assert_close(moved[0], moved[2], 1e-5)
+
+
+def test_the_memory_plan_counts_what_stays(tmp_path, text, capsys, monkeypatch):
+    for precision, micro_batch in (("fp32", 0), ("bf16", 0), ("bf16", 2)):
+        s = train.Settings(precision=precision, micro_batch=micro_batch)
+        model = Transformer(s.small_config()).to(s.dtype)
+        optimizer = train.new_optimizer(model, s, passes=4 if micro_batch else 1)
+        for p in model.parameters():
+            p.sum().backward()
+        if s.lean:
+            optimizer.clip(1.0)
+        optimizer.step()
+        plan = train.memory_plan(s.small_config(), s)
+        moments = sum(entry[key].nbytes for entry in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
+        gradients = sum((optimizer.sums[p] if micro_batch else p.grad).nbytes for p in model.parameters())
+        assert (plan["weights"], plan["gradients"], plan["moments"]) == (sum(p.nbytes for p in model.parameters()), gradients,
+                                                                         moments)
+    monkeypatch.chdir(tmp_path)
+    told = refusal(train.main, ["--data", text, *TINY, "--memory", "1e-5"], capsys, tmp_path)
+    assert "needs" in told and "weights" in told and not (tmp_path / "runs").exists()
+
+
+class AverageOnMeta(torch.autograd.Function):
+    """What the averaging kernels keep and return, without their work."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        ctx.save_for_backward(*(x.contiguous() for x in inputs))
+        return tuple(torch.empty_like(x) for x in ctx.to_save[:2])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors)
+
+
+def test_the_memory_plan_is_what_a_step_takes():
+    """Four layers of Llama 2 7B at 4,096 tokens, on tensors without data: two passes and the update."""
+    ops = types.SimpleNamespace(
+        Cache=None, accumulate=lambda k, v, alpha, omega, window: AverageOnMeta.apply(k, v, alpha, omega),
+        attend=lambda q, k, v, keep: dmc_fast.MaskedFlash.apply(q, k, v, keep, 0.1))
+    config = Config(**generate.SHAPES["llama2-7b"] | {"n_layer": 4})
+    s = train.Settings(**train.PRESETS["llama2-7b"])
+    with torch.device("meta"):
+        model = Transformer(config, ops).bfloat16()
+    tokens = torch.zeros(1, 4096, dtype=torch.long, device="meta")
+    with Allocated(model) as allocated:
+        optimizer = train.new_optimizer(model, s, passes=2)
+        for _ in range(2):
+            head = partial(train.language_loss, model.lm_head, tokens)
+            loss, alpha = model(tokens, noise=True, head=head, recompute=True)
+            (loss + dmc.compression_loss(alpha, 2)).backward()
+            del loss, alpha
+        optimizer.clip(1.0)
+        optimizer.step()
+    taken = allocated.peak + sum(p.nbytes for p in model.parameters())
+    planned = sum(train.memory_plan(config, s).values()) - 2e9 * torch.cuda.is_available()
+    assert taken < planned < 1.05 * taken
+
+
+def test_llama2_7b_fits_one_card():
+    paper = train.Settings(**train.PRESETS["llama2-7b"])
+    plan = train.memory_plan(Config(**generate.SHAPES["llama2-7b"]), paper)
+    assert plan["weights"] == 6738415616 * 2 and plan["gradients"] == plan["moments"] == 6738415616 * 4
+    assert plan["kept activations"] == 32 * 4096 * 4096 * 2 and sum(plan.values()) + 2e9 < 78e9
+
+
+def memory_path_curves(steps, passes):
+    """Losses of a small model's retrofit: in fp32 with several seeds of the noise, in bf16 with so many passes a step."""
+    tokens = np.concatenate([np.frombuffer(f.read_bytes(), dtype=np.uint8) for f in train.standard_library()[:40]])
+    small = dict(layers=2, heads=4, kv_heads=2, dim=64, ffn_dim=128, context=64, batch=8, lr=3e-3, c=1.0)
+    curves = {}
+    for name, noise, count in (*((f"fp32, noise {i}", i, 0) for i in range(3)), *((f"bf16, passes {n}", 0, n) for n in passes)):
+        s = train.Settings(**small, precision="bf16" if count else "fp32", micro_batch=8 // count if count else 0)
+        phase = train.Phase("retrofit", None, None, steps, 0, 0, s.lr, cr=(1.0, 2.0))
+        torch.manual_seed(0)
+        model = Transformer(train.replace(s.small_config(), **s.method(dmc=True)), dmc_fast if s.lean else dmc).to(s.dtype)
+        optimizer, curves[name] = train.new_optimizer(model, s, passes=count), []
+        for step in range(steps):
+            torch.manual_seed(10_000 * noise + step)
+            parts = (x.split(s.micro_batch or 8) for x in train.batch(tokens, s, step, "cpu"))
+            cut = [(count or 1, *part) for part in zip(*parts, strict=True)]
+            curves[name].append(train.train_step(model, optimizer, phase, step, cut, s)[0])
+    return {name: np.array(losses) for name, losses in curves.items()}
+
+
+def test_the_memory_saving_path_follows_fp32_within_noise():
+    """The distance to fp32, over the last half of the run, is no more than what another seed of the decisions' noise makes.
+    DMC_STEPS and DMC_RESULTS: as many steps, and a file for the figures."""
+    steps = int(os.environ.get("DMC_STEPS", 20))
+    with single_threaded():
+        curves = memory_path_curves(steps, passes=(1, 2, 8) if steps > 20 else (2,))
+    half = {name: losses[steps // 2:] for name, losses in curves.items()}
+    off = {name: losses - half["fp32, noise 0"] for name, losses in half.items()}
+    if "DMC_STEPS" in os.environ:
+        command = f"DMC_STEPS={steps} DMC_RESULTS=results/precision.json python -m pytest test_dmc.py -k within_noise"
+        dmc.write_json(os.environ["DMC_RESULTS"], {
+            "steps": steps, "mean loss of the last half": {name: float(x.mean()) for name, x in half.items()},
+            "its difference to fp32, noise 0": {name: float(x.mean()) for name, x in off.items()},
+            "mean absolute difference per step": {name: float(np.abs(x).mean()) for name, x in off.items()},
+            "every 10th loss": {name: x[::10].round(4).tolist() for name, x in curves.items()},
+            **generate.provenance(), "command": command})
+    assert curves["fp32, noise 0"][0] - half["fp32, noise 0"].mean() > 0.5              # it learns
+    noise = max(np.abs(off[f"fp32, noise {i}"]).mean() for i in (1, 2))
+    for name in curves:
+        assert abs(off[name].mean()) < 2 * noise and np.abs(off[name]).mean() < 2 * noise
+
+
+@contextlib.contextmanager
+def single_threaded():
+    """For many small operations, which a second thread only delays."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------------------------------------ watching a run
+
+def test_metrics_have_what_a_plot_needs(finished):
+    entries = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert all(e["tokens_per_second"] > 0 and e["peak_gb"] > 0.01 and e["mfu"] is None for e in entries)
+    heads = [e for e in entries if "heads" in e]
+    assert {e["phase"] for e in heads} == {"retrofit", "solidify"} and len(heads) >= 5
+    for e in heads:
+        assert 1 / np.mean(1 / np.array(e["heads"])) == pytest.approx(e["cr"], abs=0.01) and np.shape(e["heads"]) == (1, 1)
+
+
+def test_runs_are_drawn(finished, tmp_path, capsys):
+    oracle("matplotlib")
+    for name in ("one", "two"):
+        shutil.copytree(finished, tmp_path / name)
+    assert train.main(["--plot", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    picture = (tmp_path / "one/plot.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 20_000 and not (tmp_path / "two/plot.png").exists()
+    (tmp_path / "two/metrics.jsonl").write_text("")
+    assert "no step with decisions" in refusal(train.main, ["--plot", str(tmp_path / "two")], capsys, tmp_path)
+
+
+def test_a_plot_without_its_library(finished, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install matplotlib" in refusal(train.main, ["--plot", str(finished)], capsys, tmp_path)
+
+
+def test_speed_is_measured(tiny_shape, tmp_path, capsys):
+    arguments = ["--init", "tiny", "--bench", "4", *LEAN, "--batch", "2", "--context", "16"]
+    with single_threaded():
+        assert train.main([*arguments, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "bench.json").read_text())
+    for name in ("plain", "dmc"):
+        speed, seconds = found[name]["tokens_per_second"], found[name]["seconds_per_step"]
+        assert speed * seconds == pytest.approx(2 * 16) and 4 < found[name]["loss"] < 7
+    assert "--bench needs" in refusal(train.main, [*arguments[:2], "--bench", "2"], capsys, tmp_path)
+
+
+def test_model_flops(monkeypatch):
+    """Of Llama 2 7B at 4,096 tokens: 6 for each of 6.74 billion parameters, and 12 L dim T / 2."""
+    config = Config(**generate.SHAPES["llama2-7b"])
+    assert train.flops_per_token(config, 4096) == 6 * 6738415616 + 12 * 32 * 4096 * 4096 // 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert train.flops_share(0.4 * 989e12) == 0.4
+
+
+def test_presets_are_the_papers(monkeypatch, tmp_path):
+    """What stands in EQUATIONS.md's table, in tokens."""
+    for name, lr in (("llama2-7b", 3e-5), ("llama2-13b", 3e-5), ("llama2-70b", 1.5e-5)):
+        s = train.Settings(**{**train.PRESETS[name], "init": name})
+        step = s.batch * s.context
+        assert (s.lr, s.tau, s.c, s.window, s.cr_weight, s.precision) == (lr, 0.1, 5, 12, 1, "bf16")
+        assert (s.beta2, s.eps, s.weight_decay, s.clip) == (0.95, 1e-5, 0.1, 1)
+        assert s.free_steps * step == pytest.approx(1e9, rel=0.05) and s.solidify_steps * step == pytest.approx(8e9, rel=0.05)
+        phases = train.plan(s, tmp_path)
+        assert [p.name for p in phases] == ["pretrain", "free", "retrofit", "solidify", "solidify", "solidify"]
+        assert phases[2].keep == {6000: "retrofit-2", 12000: "retrofit-3", 18000: "retrofit-4"}
+        assert 6000 * step == pytest.approx(24e9, rel=0.05) and {p.steps for p in phases[3:]} == {2000}
+        assert [phases[2].target(i) for i in (5999, 11999)] == [2, 3]
+    chosen = []
+    monkeypatch.setattr(train, "Run", lambda s, *_: chosen.append(s) or types.SimpleNamespace(begin=None))
+    for arguments in ("--init llama2-70b", "--init x/y", "--init llama2-7b --preset short --keep 2,3"):
+        train.open_run(arguments.split())
+    assert [(s.lr, s.batch, s.kept()) for s in chosen] == [(1.5e-5, 1024, [2, 3, 4]), (1e-3, 8, [2, 3, 4]), (3e-5, 64, [2, 3])]
 
 
 # ------------------------------------------------------------------------------------------------ generating
@@ -1330,6 +1952,9 @@ BAD_TRAIN = {
     "CR below 1": ["--cr", "0.5"],
     "keep out of range": ["--cr", "3", "--keep", "5"],
     "keep below 1": ["--keep", "0.5"],
+    "keep that is no list": ["--keep", "2,many"],
+    "solidify what is not kept": ["--keep", "2,4", "--solidify", "3"],
+    "passes that do not divide the batch": ["--batch", "8", "--micro-batch", "3"],
     "nothing to resume": ["--resume"],
     "no output folder": ["--out", "short/run"],
 }
@@ -1401,18 +2026,22 @@ def test_train_refuses(case, messy_folder, capsys, text):
 def test_train_refuses_to_touch_another_run(finished, text, capsys):
     assert "already holds a run" in refusal(train.main, ["--out", str(finished), "--data", text, *TINY], capsys, finished)
     assert "--cr was 3" in refusal(train.main, ["--out", str(finished), "--resume", "--cr", "2"], capsys, finished)
+    assert "without a control" in refusal(train.main, ["--out", str(finished), "--resume", "--solidify", "3"], capsys, finished)
 
 
-def test_resume_refuses_other_text_and_damaged_state(tmp_path, finished, capsys):
-    copy = tmp_path / "copy"
-    subprocess.run(["cp", "-r", finished, copy], check=True)
-    (copy / "state.pt").write_bytes((copy / "state.pt").read_bytes()[:50])
-    assert "damaged" in refusal(train.main, ["--out", str(copy), "--resume"], capsys, copy)
-    record = json.loads((copy / "run.json").read_text())
-    (copy / "run.json").write_text(json.dumps({**record, "text": 0}))
-    assert "text" in refusal(train.main, ["--out", str(copy), "--resume"], capsys, copy)
-    (copy / "run.json").write_text("{")
-    assert "damaged" in refusal(train.main, ["--out", str(copy), "--resume"], capsys, copy)
+def test_resume_refuses_other_text_and_damaged_state(tmp_path, text, capsys):
+    out = tmp_path / "run"
+    with pytest.raises(PowerCut):
+        interrupted(out, text, dies)
+    capsys.readouterr()
+    for tensors in out.glob("state-*/*.distcp"):
+        tensors.write_bytes(tensors.read_bytes()[:50])
+    assert "damaged" in refusal(train.main, ["--out", str(out), "--resume"], capsys, out)
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**record, "text": "another"}))
+    assert "text" in refusal(train.main, ["--out", str(out), "--resume"], capsys, out)
+    (out / "run.json").write_text("{")
+    assert "damaged" in refusal(train.main, ["--out", str(out), "--resume"], capsys, out)
 
 
 @pytest.mark.parametrize("case", BAD_GENERATE)
@@ -1971,11 +2600,11 @@ def test_a_given_model_is_retrofitted(tmp_path, plain, text, capsys, monkeypatch
     monkeypatch.chdir(tmp_path)                                     # and what follows works from anywhere
     shown = capsys.readouterr().out
     assert "nats/token" in shown and "to pretrained" in shown and "control" not in shown and snapshot(plain) == before
-    steps = [json.loads(line) for line in curve(out).splitlines()]
-    assert [s["phase"] for s in steps] == ["free"] * 3 + ["retrofit"] * 5 + ["solidify"] * 9
+    steps = curve(out)
+    assert [s["phase"] for s in steps] == ["free"] * 3 + ["retrofit"] * 5 + ["solidify"] * 6
     s = train.Settings(**json.loads((out / "run.json").read_text())["settings"])
     given = dmc.load(plain)
-    assert steps[0]["loss"] == pytest.approx(own_loss(given, s, train.load_data(s, dmc.Tokenizer.from_folder(plain))[0]))
+    assert steps[0]["loss"] == pytest.approx(own_loss(given, s, train.load_data(s, plain)[0]))
     assert not (out / "pretrained/model.safetensors").exists()           # measured, not copied
     made = dmc.load(out / "cr3")
     assert made.config == train.replace(given.config, **s.method(dmc=True))
@@ -2004,6 +2633,20 @@ def test_a_given_model_with_a_control_and_a_kill(tmp_path, plain, text, monkeypa
         assert train.main([*arguments, "--resume"]) == 0
         curves.append(curve(tmp_path / name))
     assert curves[0] == curves[1] and "control" in summary(tmp_path / "whole")
+
+
+def test_solidify_starts_from_any_kept_model_also_later(tmp_path, plain, text, capsys):
+    for name, chosen in (("at once", "3,2"), ("later", "3")):
+        arguments = ["--init", str(plain), "--data", text, *RETROFIT, "--solidify", chosen]
+        assert train.main([*arguments, "--out", str(tmp_path / name)]) == 0
+    later = tmp_path / "later"
+    assert (later / "retrofit-2").exists() and not (later / "cr2").exists()
+    assert [entry["target"] for entry in summary(later)["dmc"]] == [3]
+    capsys.readouterr()
+    resume = ["--resume", "--out", str(later), "--solidify"]
+    assert "behind those" in refusal(train.main, [*resume, "2,3"], capsys, tmp_path)
+    assert train.main([*resume, "3,2"]) == 0
+    assert curve(later) == curve(tmp_path / "at once") and summary(later)["dmc"] == summary(tmp_path / "at once")["dmc"]
 
 
 BAD_INIT = {
@@ -2365,10 +3008,10 @@ def test_smollm2_is_retrofitted(smollm2, smollm2_pair, english, tmp_path, capsys
     assert train.main(["--init", str(smollm2), "--data", str(tmp_path / "text"), *steps, "--context", "64", "--batch", "2",
                        "--lr", "3e-5", "--out", str(tmp_path / "run")]) == 0
     s = train.Settings(**json.loads((tmp_path / "run/run.json").read_text())["settings"])
-    x, y = train.batch(train.load_data(s, dmc.Tokenizer.from_folder(smollm2))[0], s, 0, "cpu")
+    x, y = train.batch(train.load_data(s, smollm2)[0], s, 0, "cpu")
     with torch.no_grad():
         expected = F.cross_entropy(smollm2_pair[1](x).logits.flatten(0, 1), y.flatten()).item()
-    first = json.loads(curve(tmp_path / "run").splitlines()[0])
+    first = curve(tmp_path / "run")[0]
     assert first["phase"] == "free" and first["loss"] == pytest.approx(expected, abs=1e-4)
     shutil.rmtree(tmp_path / "run")
 
@@ -2993,7 +3636,7 @@ def test_speed_without_a_gpu(note):
     pretrain, x, steps = train.plan(s)[0], torch.randint(0, 256, (s.batch, s.context)), {}
     for name, ops, phase in (("plain", dmc_fast, pretrain), ("reference", dmc, retrofit), ("fast", dmc_fast, retrofit)):
         model = Transformer(train.replace(s.small_config(), **s.method(phase.dmc)), ops)
-        steps[name] = partial(train.train_step, model, train.new_optimizer(model, s), phase, 20, x, x, s)
+        steps[name] = partial(train.train_step, model, train.new_optimizer(model, s), phase, 20, [(1, x, x)], s)
     best = compare(steps)
     note("a DMC step of the laptop run, in a plain step's time, with dmc.py", best["reference"] / best["plain"])
     note("a DMC step of the laptop run, in a plain step's time, with dmc_fast.py", best["fast"] / best["plain"])
