@@ -1333,7 +1333,7 @@ def test_the_memory_plan_is_what_a_step_takes():
     """Four layers of Llama 2 7B at 4,096 tokens, on tensors without data: two passes and the update."""
     ops = types.SimpleNamespace(
         Cache=None, accumulate=lambda k, v, alpha, omega, window: AverageOnMeta.apply(k, v, alpha, omega),
-        attend=lambda q, k, v, keep: dmc_fast.MaskedFlash.apply(q, k, v, keep, 0.1))
+        attend=lambda q, k, v, keep: dmc_fast.MaskedFlash.apply(q, k, v, keep, 0.1, "cpu"))
     config = Config(**generate.SHAPES["llama2-7b"] | {"n_layer": 4})
     s = train.Settings(**train.PRESETS["llama2-7b"])
     with torch.device("meta"):
