@@ -2977,7 +2977,7 @@ class Clock:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_smollm2_is_no_slower_than_transformers(smollm2, english, measured, dtype):
     """Seconds of a prefill of 512 tokens, and of a token after it: the best of ten turns each, since noise only adds."""
-    ours = dmc.load(smollm2, dtype=dtype)
+    ours = dmc.load(smollm2, dmc_fast, dtype=dtype)
     theirs = oracle("transformers").LlamaForCausalLM.from_pretrained(smollm2, dtype=dtype).eval()
     ids, clock, seconds = dmc.Tokenizer.from_folder(smollm2).encode(english[:8000])[:512], Clock(), {"ours": [], "theirs": []}
     for _ in range(10):
