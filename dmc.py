@@ -401,7 +401,7 @@ class Cache:
         """T tokens into an empty cache at once: the training form with alpha in {0, 1}, then only the survivors stay."""
         T, W = q.size(2), self.config.window
         merge = alpha > 0.5                                          # what token 0 says is never asked
-        k_mean, v_mean = self._accumulate(wide(k), wide(v), merge, omega, W)
+        k_mean, v_mean = self._accumulate(*((k, v) if W else (wide(k), wide(v))), merge, omega, W)      # wide: they live on
         k_rot, q_rot = (rotate_heads(x, self.cos[:T], self.sin[:T], self.gain) for x in (k_mean.to(k.dtype), q))
         keep = torch.zeros_like(omega).masked_fill(merge, -torch.inf)
         y = self._attend(q_rot, k_rot, v_mean.to(v.dtype), keep)
