@@ -7,6 +7,7 @@
     python generate.py --cache full                    the same weights, every token kept
     python generate.py --prompts in.jsonl --out out.jsonl      continue many prompts, as many at once as fit
     python generate.py --bench                         what compression does for throughput (figure 5 of the paper)
+    torchrun --nproc_per_node 2 generate.py ...        the same with the model split between 2 GPUs, or processes
 """
 
 import argparse
@@ -24,7 +25,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import dmc
@@ -63,8 +65,11 @@ SHAPES = {"llama2-7b": dict(n_layer=32, n_head=32, n_kv_head=32, dim=4096, ffn_d
 TOY = dict(vocab_size=512, n_layer=2, n_head=4, n_kv_head=4, dim=128, ffn_dim=384, max_seq_len=512)
 
 
-def random_model(name, ops=None, device=None, dtype=torch.bfloat16, **changes):
-    """A Transformer of a known shape ("llama2-7b", ..., "toy") with random weights: to measure speed and memory."""
+def random_model(name, ops=None, device=None, dtype=torch.bfloat16, ranks=1, **changes):
+    """A Transformer of a known shape ("llama2-7b", ..., "toy") with random weights: to measure speed and memory.
+
+    ranks: how many share it. Each makes a part of its own, as `load_part` has one, from PyTorch's seed, the same for all.
+    """
     shapes = {**SHAPES, "toy": TOY}
     if name not in shapes:
         raise InputError(f"there is no shape {name}; random weights come as {', '.join(shapes)}.")
@@ -72,9 +77,10 @@ def random_model(name, ops=None, device=None, dtype=torch.bfloat16, **changes):
     torch.set_default_dtype(dtype)          # the weights are made in their dtype, never in a larger one
     try:
         with torch.device(device or "cpu"):
-            return Transformer(Config(**{**shapes[name], "dmc": False, **changes}), ops)
+            model = Transformer(part_of(Config(**{**shapes[name], "dmc": False, **changes}), ranks), ops)
     finally:
         torch.set_default_dtype(before)
+    return joined(model) if ranks > 1 else model
 
 
 def locate(name):
@@ -106,6 +112,60 @@ def locate(name):
     except Exception as error:      # its many kinds: no network, no such model, a licence that was not accepted
         raise InputError(f"{repo} could not be fetched ({type(error).__name__}: {one_line(error)}); "
                          "check the name, the network, and for models under a licence hf auth login.") from None
+
+
+# ------------------------------------------------------------------------------------------------ several ranks
+
+def this_rank():
+    return int(os.environ.get("RANK", 0))           # which torchrun sets
+
+
+def rank_count():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def over_ranks(x, op="SUM"):
+    """x, a tensor, replaced by its sum, MAX or MIN over all ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(x, getattr(dist.ReduceOp, op))
+    return x
+
+
+def part_of(config, ranks):
+    """The Config of one rank's part of a model: its heads, and its columns of the MLPs. Raises InputError if uneven."""
+    for n, what in (config.n_kv_head, "key-value heads"), (config.ffn_dim, "columns of the MLPs (ffn_dim)"):
+        if n % ranks:
+            raise InputError(f"{ranks} ranks cannot share {n} {what} evenly; choose a --nproc_per_node that divides {n}.")
+    return replace(config, n_head=config.n_head // ranks, n_kv_head=config.n_kv_head // ranks, ffn_dim=config.ffn_dim // ranks)
+
+
+def joined(model):
+    """The part of a model that this rank holds, made to add up with those of the other ranks after attention and MLP."""
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if next(model.parameters()).is_cuda else "gloo")
+    for block in model.layers:
+        for linear in (block.self_attn.o_proj, block.mlp.down_proj):
+            linear.register_forward_hook(lambda module, inputs, y: over_ranks(y))
+    return model
+
+
+def load_part(path, ops=None, device=None, dtype=None):
+    """dmc.load; with several ranks, this one's part: some key-value heads with their query heads, and columns of the MLPs.
+
+    Embeddings, norms and lm_head are whole on every rank. Nothing but the part is moved to the device.
+    """
+    rank, ranks = this_rank(), rank_count()
+    if ranks == 1:
+        return dmc.load(path, ops, device, dtype)
+    model = dmc.load(path, ops)
+    model.config = part_of(model.config, ranks)
+    for block in model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        attention.config = model.config
+        rows = attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj
+        for linear, dim in (*((linear, 0) for linear in rows), (attention.o_proj, 1), (mlp.down_proj, 1)):
+            linear.weight = torch.nn.Parameter(linear.weight.detach().chunk(ranks, dim)[rank])
+    return joined(model.to(device, dtype))
 
 
 # ------------------------------------------------------------------------------------------------ shared with train.py
@@ -217,6 +277,7 @@ def generate(model, cache, prompt, count, choose, stops=(), gain=None):
     for position in range(len(prompt), len(prompt) + count):
         logits, _ = model(torch.tensor([tokens], device=device), cache, gain=gain, last=True)
         token = choose(logits[0, -1].cpu(), position)
+        token = int(over_ranks(torch.tensor(token, device=device), "MAX"))      # equal already, unless ranks round differently
         if token in stops:
             return
         yield token
@@ -307,6 +368,9 @@ class Engine:
     randomness goes by position, so its text goes on as it would have. Only what does not fit the pool all by itself ends in
     an error. A prompt is prefilled if it fits uncompressed, beside one page more for every head that runs. If nothing runs,
     as much of it as fits is prefilled, and the rest is fed token by token, merging as it goes.
+
+    Several ranks have a pool each for their own heads. A sequence counts with its pages on the rank where it has the most, so
+    that all hosts schedule alike and what fits, fits everywhere.
     """
 
     def __init__(self, model, rows, pages=None, stops=(), gain=None):
@@ -318,9 +382,10 @@ class Engine:
         self.cache.release(slice(None))
         self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=weight.device)      # what the next step is fed
         self.settings = [torch.zeros(rows, dtype=dtype, device=weight.device) for dtype in SETTINGS.values()]
-        self.report = torch.zeros(6, rows, dtype=torch.long, device=weight.device)
+        self.report = torch.zeros(5, rows, dtype=torch.long, device=weight.device)
         self.waiting, self.running, self.idle, self.pending = deque(), {}, list(range(rows)), deque()
-        self.free, self.known = len(self.cache.free), {}         # by the newest report, and row -> Held
+        self.all_heads = self.heads * rank_count()
+        self.known = {}                                          # row -> Held, by the newest report
         self.graphs, self.steps, self.waited, self.preempted = {}, 0, 0.0, 0
 
     # --- requests
@@ -378,9 +443,11 @@ class Engine:
         ids = likeliest(logits) if greedy else sample(logits, *(x[rows] for x in self.settings), position)
         self.tokens[rows].copy_(ids[:, None])
         pages, may_need = -(-cache.lengths // cache.page_size), (cache.lengths + 1) % cache.page_size <= 1
-        facts = self.tokens[:, 0], cache.ages[0, :, 0], *(x.sum((0, 2)) for x in (cache.lengths, pages, may_need)), cache.left
+        facts = self.tokens[:, 0], cache.ages[0, :, 0], *(x.sum((0, 2)) for x in (cache.lengths, pages, may_need))
         for line, fact in zip(self.report, facts, strict=True):
             line.copy_(fact)
+        over_ranks(self.report[2])                               # slots of all heads
+        self.tokens.copy_(over_ranks(self.report, "MAX")[0, :, None])      # and one token, should ranks round differently
 
     def _capture(self, greedy):
         """The step as a CUDA graph. It is run before, to compile kernels, with every row idle for the time being."""
@@ -451,8 +518,7 @@ class Engine:
         del self.running[row]
         self.cache.release(slice(row, row + 1))
         self.idle.append(row)
-        if row in self.known:
-            self.free += self.known.pop(row).pages
+        self.known.pop(row, None)
 
     def _drop(self, seq):
         """Take a sequence out of its row, and forget what was sampled for it and not yet read."""
@@ -470,17 +536,15 @@ class Engine:
                 start = time.perf_counter()
                 report.event.synchronize()
                 self.waited += time.perf_counter() - start
-            tokens, *held, left = report.numbers.tolist()
+            tokens, *held = report.numbers.tolist()
             held = [Held(*row) for row in zip(*held, strict=True)]
             self.known = {row: held[row] for row, seq in report.live.items() if self.running.get(row) is seq}
-            released = [row for row in report.live if row not in self.known]
-            self.free = left[0] + sum(held[row].pages for row in released)
             for row, seq in report.asked.items():
                 results += self._accept(seq, tokens[row], held[row])
         return results
 
     def _accept(self, seq, token, held):
-        result = Result(seq.request, seq.ids, cr=held.fed * self.heads / held.slots)
+        result = Result(seq.request, seq.ids, cr=held.fed * self.all_heads / held.slots)
         if token < 0:
             result = Result(seq.request, error=NOT_NUMBERS)
         elif token in self.stops:
@@ -495,7 +559,7 @@ class Engine:
 
     def _room(self):
         """The pages that are free for sure after the step that was launched and the one that comes next."""
-        return self.free - sum(held.need for held in self.known.values())
+        return len(self.cache.free) - sum(held.pages + held.need for held in self.known.values())
 
     def _schedule(self):
         """Make room for the next step, then fill idle rows, oldest request first. Returns the results of what fails."""
@@ -526,15 +590,15 @@ class Engine:
 
 def cache_report(cache):
     """Tokens, slots, CR per layer, and bytes used against an uncompressed cache's, as lines of text."""
-    slots, tokens = cache.lengths.sum((1, 2)).tolist(), sum(cache.seen) * cache.lengths[0].numel()
-    full = tokens * 2 * cache.config.head_dim * cache.keys[0].element_size()
+    slots, heads = over_ranks(cache.lengths.sum((1, 2))).tolist(), cache.lengths[0].numel() * rank_count()
+    tokens, size = sum(cache.seen) * heads, 2 * cache.config.head_dim * cache.keys[0].element_size()
     if sum(slots) == tokens:
-        return f"{cache.seen[0]} tokens; {tokens:,} slots, {cache.bytes.used:,} bytes of cache, nothing merged"
-    layers = "  ".join(f"{i}: {cache.seen[i] * cache.lengths[i].numel() / n:.2f}" for i, n in enumerate(slots))
+        return f"{cache.seen[0]} tokens; {tokens:,} slots, {tokens * size:,} bytes of cache, nothing merged"
+    layers = "  ".join(f"{i}: {cache.seen[i] * heads / n:.2f}" for i, n in enumerate(slots))
     return (f"{cache.seen[0]} tokens; {sum(slots):,} slots where an uncompressed cache has {tokens:,}: "
-            f"CR {cache.compression_ratio:.2f}\n"
+            f"CR {tokens / sum(slots):.2f}\n"
             f"CR per layer   {layers}\n"
-            f"bytes of cache {cache.bytes.used:,} used, {full:,} uncompressed")
+            f"bytes of cache {sum(slots) * size:,} used, {tokens * size:,} uncompressed")
 
 
 def full_cache_note(model, facts):
@@ -871,7 +935,8 @@ def peak(work):
 @torch.no_grad()
 def pages_that_fit(model, rows, gigabytes, gain, capped=True):
     """How many pages the pool gets: of so many gigabytes, or None for 1 on a CPU, and on a GPU for what the longest prefill,
-    the sampling of all rows, and the cache's other tensors leave, less 3%. capped: no more than the rows can fill."""
+    the sampling of all rows, and the cache's other tensors leave, less 3%. capped: no more than the rows can fill. Of several
+    ranks, as many as fit on each."""
     config, weight = model.config, next(model.parameters())
     make, positions = partial(paged(model), config, device=weight.device, dtype=weight.dtype), config.max_seq_len
     memory = 1e9 * (1 if gigabytes is None else gigabytes)
@@ -885,6 +950,7 @@ def pages_that_fit(model, rows, gigabytes, gain, capped=True):
         free, total = torch.cuda.mem_get_info()
         memory = free - working - 0.03 * total
     fit = max(0, int(memory // (2 * 16 * config.head_dim * weight.element_size())))
+    fit = int(over_ranks(torch.tensor(fit, device=weight.device), "MIN"))
     return min(fit, rows * config.n_layer * config.n_kv_head * -(-positions // 16)) if capped else fit
 
 
@@ -908,10 +974,10 @@ class Progress:
         engine, answered = self.engine, self.done - self.first
         held, pages = engine.known.values(), len(engine.cache.free)
         slots = sum(h.slots for h in held)
-        cr = f"CR {sum(h.fed for h in held) * engine.heads / slots:.2f}  " if slots else ""
+        cr = f"CR {sum(h.fed for h in held) * engine.all_heads / slots:.2f}  " if slots else ""
         left = self.seconds() * (self.total - self.done) / answered if answered else 0
         return (f"{self.done:,}/{self.total:,} requests  {self.tokens / max(self.seconds(), 1e-9):,.0f} tokens/s  "
-                f"pages {pages - engine.free:,}/{pages:,}  {cr}{f'{left:,.0f} s left' if left else ''}")
+                f"pages {sum(h.pages for h in held):,}/{pages:,}  {cr}{f'{left:,.0f} s left' if left else ''}")
 
     def summary(self):
         engine, seconds = self.engine, max(self.seconds(), 1e-9)
@@ -935,7 +1001,7 @@ def profiler(path):
 
 def answer_prompts(args, model, tokenizer, facts, done):
     """Run --prompts to --out, a line per result; `done`: what read_results found there."""
-    gain = chosen_gain(args, model, facts)
+    gain, writes = chosen_gain(args, model, facts), this_rank() == 0
     with args.prompts.open("rb") as lines:
         total = sum(1 for line in lines if line.strip())
         lines.seek(0)
@@ -943,7 +1009,8 @@ def answer_prompts(args, model, tokenizer, facts, done):
         rows = max(1, min(rows, total - len(done)))
         engine = Engine(model, rows, pages_that_fit(model, rows, args.cache_gb, gain), tokenizer.stops, gain)
         progress = Progress(engine, total, len(done))
-        with args.out.open("ab", buffering=0) as out, profiler(args.profile) as profile:
+        with (args.out if writes else Path(os.devnull)).open("ab", buffering=0) as out, \
+                profiler(args.profile if writes else None) as profile:
             def each_step():
                 progress()
                 if profile:
@@ -1047,6 +1114,7 @@ class Bench:
         for _ in range(3):                                       # what a row takes besides pages depends on how many there are
             fit = pages_that_fit(self.model, batch, self.gigabytes, gain, capped=False)
             batch = int(0.99 * min(fit / pages, (fit - heads * (self.prompt // 16 + 1)) / (begun + 1.5 * heads)))
+            batch = int(over_ranks(torch.tensor(batch, device=self.device), "MIN"))
             if batch < 1:
                 raise InputError(f"a sequence of {self.prompt + self.count} tokens takes {pages:,} pages of cache, and there "
                                  f"are {fit:,}; lower --prompt-tokens or --tokens, or raise --cache-gb.")
@@ -1249,7 +1317,7 @@ def bench_model(args, device):
     dtype, rng = torch.bfloat16 if device == "cuda" else torch.float32, lambda i: torch.Generator().manual_seed(i)
     if not args.ckpt:
         name = args.model or ("llama2-7b" if device == "cuda" else "toy")
-        model = random_model(name, OPS["fast"], device, dtype)
+        model = random_model(name, OPS["fast"], device, dtype, rank_count())
         vocabulary = model.config.vocab_size
         return model, f"{name}, random weights", lambda i, n: torch.randint(vocabulary, (n,), generator=rng(i)).tolist()
     folder = find_checkpoint(args.ckpt)
@@ -1259,7 +1327,7 @@ def bench_model(args, device):
     def texts(i, n):
         start = int(torch.randint(len(ids), (1,), generator=rng(i)))
         return [ids[(start + t) % len(ids)] for t in range(n)]
-    return dmc.load(folder, OPS["fast"], device, dtype), str(folder), texts
+    return load_part(folder, OPS["fast"], device, dtype), str(folder), texts
 
 
 def bench_cases(model, crs, ids):
@@ -1286,7 +1354,7 @@ def bench_length(bench, args):
         for batch, kind in batches.items():
             yield {"name": f"{name}, {kind}", "kind": kind, **bench.run(batch, gain, whole=kind != "batch of CR 1")}
     model.config, model.Cache = replace(config, dmc=False), dmc_fast.Cache
-    for name, peer in PEERS.items():
+    for name, peer in PEERS.items() if rank_count() == 1 else ():
         batch = args.batch[0] if args.batch else first
         while batch:
             try:
@@ -1301,7 +1369,7 @@ def bench_length(bench, args):
 
 def benchmark(args, device):
     """--bench: figure 5 and more, for every length asked for. Prints as it goes, then writes --out, and a plot beside it."""
-    path, on_gpu = args.out or Path("bench.json"), device == "cuda"
+    path, on_gpu, ranks = args.out or Path("bench.json"), device == "cuda", rank_count()
     prompts, count = args.prompt_tokens or [2048 if on_gpu else 128], args.tokens or (2048 if on_gpu else 128)
     gigabytes = args.cache_gb if args.cache_gb is not None or on_gpu else 0.005
     if count < 16:
@@ -1315,6 +1383,7 @@ def benchmark(args, device):
     how = "The model decides." if model.config.dmc else (
         "Decisions are forced: heads merge at random, each at a rate of its own, about as different as in the paper's figure 6."
     )
+    how += f" {ranks} ranks share the model; CR, bytes and shares are those of rank 0." if ranks > 1 else ""
     print(f"{name}. {how}")
     rows = []
     for prompt in prompts:
@@ -1331,6 +1400,8 @@ def benchmark(args, device):
         print(f"prefill of {prompt:,} tokens: {alone['prefill_ms']:.1f} ms; token by token, {alone['ms_per_step']:.1f} ms "
               f"each, it takes {times:.0f} times as long")
         rows.append({"prompt": prompt, "tokens": 16, "name": "CR 1, alone", "kind": "alone", **alone})
+    if this_rank():
+        return
     write_json(path, {"model": name, "decisions": how, "copy_bandwidth": bench.bandwidth, "weight_bytes": bench.weights,
                       "rows": rows, **provenance()})
     plot = path.with_suffix(".png")
@@ -1342,7 +1413,14 @@ def benchmark(args, device):
 def run(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda asks for a GPU that PyTorch does not see; leave it out, or check nvidia-smi.")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device, ranks = args.device or ("cuda" if torch.cuda.is_available() else "cpu"), rank_count()
+    if ranks > 1 and args.show_merges:
+        raise InputError(f"--show-merges looks at all heads, and {ranks} ranks have a part each; run it without torchrun.")
+    if ranks > 1 and device == "cuda":
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise InputError(f"every rank needs a GPU of its own, and there are {torch.cuda.device_count()}; lower "
+                             "--nproc_per_node.")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if args.prompts and not args.out:
         raise InputError("--prompts needs --out, a file for the results.")
     if args.prompts and not args.prompts.is_file():
@@ -1353,10 +1431,10 @@ def run(args):
     done = read_results(args.out) if args.prompts else None
     if args.random_weights:
         name, facts, tokenizer = f"{args.ckpt}, random weights", {}, Tokenizer.bytes()
-        model = random_model(args.ckpt, OPS[args.ops], device)
+        model = random_model(args.ckpt, OPS[args.ops], device, ranks=ranks)
     else:
         name = find_checkpoint(args.ckpt)
-        model, tokenizer = dmc.load(name, OPS[args.ops], device), Tokenizer.from_folder(name)
+        model, tokenizer = load_part(name, OPS[args.ops], device), Tokenizer.from_folder(name)
         facts = read_json(name / "config.json").get("dmc", {})
     text = read_text(args.prompt_file, "--prompt-file") if args.prompt_file else args.prompt
     prompt = tokenizer.encode(text, prefix=True)
@@ -1371,14 +1449,23 @@ def run(args):
         stream_samples(args, model, tokenizer, prompt, facts)
 
 
+@contextmanager
+def silence():
+    with Path(os.devnull).open("w", errors="replace") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
 def main(argv=None):
     sys.stdout.reconfigure(errors="replace")      # a terminal that cannot show a character shows ? instead
     warnings.formatwarning = lambda message, *_: f"generate.py: warning: {message}\n"
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")             # torch's profiler is not to talk in between
     try:
-        run(parse(argv))
+        with silence() if this_rank() else nullcontext():
+            run(parse(argv))
         return 0
     except InputError as error:
+        if this_rank():             # rank 0 says it sooner, and torchrun ends the others, unless only this one knows
+            time.sleep(5)
         print(f"generate.py: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:

@@ -1932,6 +1932,72 @@ def test_a_killed_run_of_prompts_goes_on(finished, tmp_path):
     assert lines_of(outs[1]) == lines_of(outs[0]) and len(lines_of(outs[0])) == 90
 
 
+# ------------------------------------------------------------------------------------------------ several ranks
+
+RANK_SCRIPT = """
+import json, sys, torch
+here, folder, out, commands = sys.argv[1:]
+sys.path.insert(0, here)
+import dmc, dmc_fast, generate
+model, rank = generate.load_part(folder, dmc_fast, dtype=torch.float32), generate.this_rank()
+tokens, cache = torch.load(f"{out}/tokens.pt"), dmc_fast.Cache(model.config, 2)
+with torch.no_grad():
+    logits, alpha = model(tokens)
+    cached = torch.cat([model(part, cache)[0] for part in (tokens[:, :30], *tokens[:, 30:].split(1, dim=1))], dim=1)
+torch.save((logits, cached, alpha, sum(p.numel() for p in model.parameters())), f"{out}/rank{rank}.pt")
+for command in json.loads(commands):
+    assert generate.main(command) == 0
+"""
+
+
+@on_cpu
+def test_two_ranks_are_one_model(tmp_path, one_thread, capsys):
+    """Logits, decisions, texts and CR of a model split between two processes are the whole one's, also when pages run out."""
+    whole, prompts = model_of(3, (4, 2), vocab_size=257), tmp_path / "prompts.jsonl"
+    with torch.no_grad():
+        for layer in whole.layers:
+            layer.self_attn.k_proj.weight[whole.config.head_dim] *= 0            # the second rank's heads merge nothing
+    dmc.save(whole, tmp_path / "model", dmc.Tokenizer.bytes())
+    prompts.write_text("".join(json.dumps({"prompt": f"{i} times", "seed": i, "temperature": i % 2, "tokens": 16 + i}) + "\n"
+                               for i in range(5)))
+    flags = ["--ckpt", str(tmp_path / "model"), "--prompt", "2 times", "--tokens", "20"]
+    many = [*flags, "--prompts", str(prompts), "--batch", "3", "--cache-gb"]
+    commands = [[*flags, "--temperature", "0"], [*flags, "--temperature", "1", "--samples", "2"]]
+    tokens = torch.randint(0, 257, (2, 40), generator=torch.Generator().manual_seed(0))
+    torch.save(tokens, tmp_path / "tokens.pt")
+    (tmp_path / "rank.py").write_text(RANK_SCRIPT)
+    theirs = json.dumps([*commands, [*many, "1.6e-5", "--out", str(tmp_path / "two.jsonl")]])     # 7 pages for 2 heads
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                          tmp_path / "rank.py", HERE, tmp_path / "model", tmp_path, theirs], capture_output=True, text=True,
+                         timeout=120)
+    assert run.returncode == 0, run.stderr
+    for command in (*commands, [*many, "1", "--out", str(tmp_path / "one.jsonl")]):
+        assert generate.main(command) == 0
+    shown, ours = run.stdout.splitlines(), capsys.readouterr().out.splitlines()
+    assert shown[:-1] == ours[:-1] and "CR per layer" in run.stdout and not re.search(" 0 preempted", shown[-1])
+    assert lines_of(tmp_path / "two.jsonl") == lines_of(tmp_path / "one.jsonl") and len(lines_of(tmp_path / "one.jsonl")) == 5
+    whole.float()
+    with torch.no_grad():
+        expected, decided = whole(tokens)
+    parts = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    shared = sum(p.numel() for p in whole.layers.parameters() if p.dim() > 1)
+    for logits, cached, _, count in parts:
+        assert largest_error(logits, expected) < 1e-5 and largest_error(cached, expected) < 1e-5
+        assert 2 * (sum(p.numel() for p in whole.parameters()) - count) == shared
+    assert torch.equal(parts[0][0], parts[1][0]) and torch.equal(parts[0][1], parts[1][1])
+    assert torch.equal(torch.cat([parts[0][2], parts[1][2]], dim=2), decided) and 0 < decided.mean() < 1
+
+
+@pytest.mark.parametrize("ranks, flags, words", [
+    ("4", [], "4 ranks cannot share 2 key-value heads"), ("2", ["--show-merges", "0.0"], "--show-merges looks at all heads"),
+    ("2", ["--ckpt", "uneven", "--random-weights"], "2 ranks cannot share 25 columns of the MLPs (ffn_dim)")])
+def test_what_ranks_refuse(ranks, flags, words, tmp_path, plain, monkeypatch, tiny_shape, capsys):
+    monkeypatch.setitem(generate.SHAPES, "uneven", {**generate.SHAPES["tiny"], "ffn_dim": 25})
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    monkeypatch.setenv("RANK", "0")
+    assert words in refusal(generate.main, ["--ckpt", str(plain), "--device", "cpu", *flags], capsys, tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 BAD_TRAIN = {
