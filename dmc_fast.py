@@ -782,6 +782,22 @@ def decode(q, pool_k, pool_v, table, lengths, order, splits):
 
 
 class Cache(dmc.Cache):
+    """dmc.Cache, with the fast prefill. Where there are kernels for it, or `pages` are asked for, it is a PagedCache.
+
+    Without kernels, the pages of every head have to be gathered at every step, which takes longer than padding does.
+    """
+
+    _accumulate, _attend = staticmethod(accumulate), staticmethod(attend)
+
+    def __new__(cls, config, batch, device=None, dtype=torch.float32, page_size=16, pages=None):
+        paged = cls is Cache and (uses_kernels(device) or pages is not None)
+        return super().__new__(PagedCache if paged else cls)
+
+    def __init__(self, config, batch, device=None, dtype=torch.float32, page_size=16, pages=None):
+        super().__init__(config, batch, device, dtype)
+
+
+class PagedCache(Cache):
     """dmc.Cache in pages: one pool for all layers, sequences and heads, so that no head pays for the length of another.
 
     pool_k, pool_v (pages + 1, page, D); table (L, B, G, pages per head) names the pages of each head; the last page of the
@@ -793,8 +809,6 @@ class Cache(dmc.Cache):
     pages None: enough for every head at max_seq_len. `seen` counts calls, as in dmc.Cache, which checks the positions by it:
     who replays a captured step, or lets sequences come and go, sets it to the longest one's tokens.
     """
-
-    _accumulate, _attend = staticmethod(accumulate), staticmethod(attend)
 
     def __init__(self, config, batch, device=None, dtype=torch.float32, page_size=16, pages=None):
         super().__init__(config, batch, device, dtype)

@@ -353,7 +353,7 @@ def checked_count(config, prompt, count):
 
 
 def paged(model):
-    return model.Cache if issubclass(model.Cache, dmc_fast.Cache) else dmc_fast.Cache
+    return model.Cache if issubclass(model.Cache, dmc_fast.PagedCache) else dmc_fast.PagedCache
 
 
 class Engine:
@@ -1057,7 +1057,7 @@ def forced(kept, device):
     """A Cache that merges at random, each head as often as `kept` (L, G) says, whatever the model decides."""
     kept = kept.to(device)[..., None]
 
-    class ForcedCache(dmc_fast.Cache):
+    class ForcedCache(dmc_fast.PagedCache):
         def attend(self, layer, q, k, v, alpha=None, omega=None):
             alpha = (torch.rand(k.shape[:3], device=k.device) >= kept[layer]).float()
             return super().attend(layer, q, k, v, alpha, omega)
@@ -1334,9 +1334,9 @@ def bench_cases(model, crs, ids):
     """(name, config, Cache, the part of its tokens that each head keeps, gain) of what is compared, uncompressed first. A DMC
     model decides by itself; for any other, decisions are forced to the CRs. ids: a text to see how much the model keeps."""
     config, device = model.config, next(model.parameters()).device
-    yield "CR 1", config, dmc_fast.Cache, torch.ones(config.n_layer, config.n_kv_head), 0.0 if config.dmc else 1.0
+    yield "CR 1", config, dmc_fast.PagedCache, torch.ones(config.n_layer, config.n_kv_head), 0.0 if config.dmc else 1.0
     if config.dmc:
-        yield "its own decisions", config, dmc_fast.Cache, 1 - decisions(model, ids).float().mean(-1).cpu(), None
+        yield "its own decisions", config, dmc_fast.PagedCache, 1 - decisions(model, ids).float().mean(-1).cpu(), None
         return
     for cr in crs:
         kept = kept_parts(config, cr)
@@ -1353,7 +1353,7 @@ def bench_length(bench, args):
         batches = {n: f"batch {n}" for n in args.batch} if args.batch else {first: "batch of CR 1", largest: "largest batch"}
         for batch, kind in batches.items():
             yield {"name": f"{name}, {kind}", "kind": kind, **bench.run(batch, gain, whole=kind != "batch of CR 1")}
-    model.config, model.Cache = replace(config, dmc=False), dmc_fast.Cache
+    model.config, model.Cache = replace(config, dmc=False), dmc_fast.PagedCache
     for name, peer in PEERS.items() if rank_count() == 1 else ():
         batch = args.batch[0] if args.batch else first
         while batch:
