@@ -54,7 +54,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dmc
 from dmc import Config, InputError, Tokenizer, Transformer, one_line, read_json, write_atomically, write_json
-from generate import OPS, Parser, locate, provenance, random_model, read_lines, runs_by_number
+from generate import OPS, Parser, locate, over_ranks, provenance, random_model, read_lines, runs_by_number
 
 # ------------------------------------------------------------------------------------------------ settings
 
@@ -499,9 +499,7 @@ def local(x):
 
 def over_cards(x, mean=False):
     """The sum, or the mean, of all cards' x; in place."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x / cards()[1] if mean else x
+    return over_ranks(x) / cards()[1] if mean else over_ranks(x)
 
 
 def share_out(model, dtype, device):
