@@ -1,0 +1,388 @@
+"""Checkpoints in Hugging Face's layout: their configuration, reading, writing, and finding them."""
+
+import json
+import math
+import os
+import re
+import shlex
+import warnings
+from contextlib import suppress
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import dmc
+from nanodmc.cli import installing, interpreter, typed
+from nanodmc.files import (
+    LFS_POINTER,
+    InputError,
+    listed,
+    one_line,
+    read_json,
+    write_atomically,
+    write_json,
+)
+
+MODEL_TYPE = "dmc_llama"        # not "llama", so that software without DMC refuses the weights
+IN_CONFIG_JSON = {
+    "vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads", "dim": "hidden_size", "ffn_dim": "intermediate_size",
+    "max_seq_len": "max_position_embeddings", "head_dim": "head_dim", "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta", "rope_scaling": "rope_scaling",
+    "tie_embeddings": "tie_word_embeddings"}
+UNSUPPORTED = {
+    "attention_bias": "attention bias", "mlp_bias": "bias in its MLP",
+    "sliding_window": "sliding-window attention", "quantization_config": "quantized weights",
+    "num_local_experts": "a mixture of experts"}
+ROPE_NUMBERS = {                # what each type of rotary embedding needs
+    "default": (), "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+
+LLAMA2 = dict(vocab_size=32000, max_seq_len=4096, norm_eps=1e-5)
+SHAPES = {
+    "llama2-7b": dict(n_layer=32, n_head=32, n_kv_head=32, dim=4096, ffn_dim=11008, **LLAMA2),
+    "llama2-13b": dict(n_layer=40, n_head=40, n_kv_head=40, dim=5120, ffn_dim=13824, **LLAMA2),
+    "llama2-70b": dict(n_layer=80, n_head=64, n_kv_head=8, dim=8192, ffn_dim=28672, **LLAMA2)}
+TOY = dict(vocab_size=512, n_layer=2, n_head=4, n_kv_head=4, dim=128, ffn_dim=384, max_seq_len=512)
+
+
+# --------------------------------------------------------------------------------- configuration
+
+def checked_config(**values):
+    """The Config with these values. Raises InputError where one is impossible, or two disagree."""
+    head_dim = values.get("head_dim")             # with a number here, Config computes nothing
+    config = dmc.Config(**{**values, "head_dim": 0 if head_dim is None else head_dim})
+    for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "dim", "ffn_dim", "max_seq_len"):
+        n = getattr(config, name)
+        if not isinstance(n, int) or n < 1:
+            raise InputError(f"{name} is {n!r}; give a whole number of at least 1.")
+    if config.n_head % config.n_kv_head:
+        raise InputError(
+            f"{config.n_head} query heads cannot share {config.n_kv_head} key-value heads evenly; "
+            f"choose a number of key-value heads that divides {config.n_head}.")
+    if head_dim is None:
+        if config.dim % config.n_head:
+            raise InputError(f"dim {config.dim} is no multiple of {config.n_head} heads; "
+                             "choose one, or give head_dim.")
+        config = replace(config, head_dim=config.dim // config.n_head)
+    if config.head_dim < 4 or config.head_dim % 2:
+        raise InputError(f"head_dim is {config.head_dim}; rotary embedding needs an even number, "
+                         "of at least 4 here.")
+    if config.window is not None and config.window < 1:
+        raise InputError(
+            f"window is {config.window}; give at least 1, or None for the whole segment.")
+    if not config.tau > 0:
+        raise InputError(f"tau is {config.tau}; a temperature is above 0.")
+    check_rope(config)
+    return config
+
+
+def check_rope(config):
+    scaling = config.rope_scaling or {"rope_type": "default"}
+    if (kind := scaling.get("rope_type")) not in ROPE_NUMBERS:
+        raise InputError(f"the rotary embedding is of type {kind}; "
+                         f"only {', '.join(ROPE_NUMBERS)} work here.")
+    numbers = {name: scaling.get(name) for name in ROPE_NUMBERS[kind]}
+    for name, value in {"rope_theta": config.rope_theta, **numbers}.items():
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise InputError(f"{name} of the rotary embedding is {value}; give a number above 0.")
+
+
+def config_to_json(config, **facts):
+    """The Config as Hugging Face's config.json, with facts: for a DMC model in section "dmc"."""
+    values = {theirs: getattr(config, ours) for ours, theirs in IN_CONFIG_JSON.items()}
+    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    if config.dmc:
+        kind = {"architectures": ["DMCLlamaForCausalLM"], "model_type": MODEL_TYPE}
+        method = {"method": "dmc", "window": config.window, "tau": config.tau, "c": config.c}
+        facts = {"dmc": {**method, **facts}}
+    return {**kind, "hidden_act": "silu", **values, **facts}
+
+
+def config_from_json(facts, source="config.json"):
+    """The Config that a config.json holds. Raises InputError for damage and for other models."""
+    try:
+        refuse_other_models(facts, source)
+        values = {ours: facts[theirs] for ours, theirs in IN_CONFIG_JSON.items()
+                  if facts.get(theirs) is not None}
+        values.setdefault("n_kv_head", values.get("n_head"))
+        values.setdefault("norm_eps", 1e-6)                 # the default of Hugging Face's Llama
+        # the newer layout, or the older one; in that, an older name of the type
+        rope = dict(facts.get("rope_parameters") or facts.get("rope_scaling") or {})
+        values["rope_theta"] = rope.pop("rope_theta", values.get("rope_theta", 10000.0))
+        kind = rope.pop("type", rope.pop("rope_type", None if rope else "default"))
+        values["rope_scaling"] = {"rope_type": kind, **rope} if kind != "default" else None
+        section = facts.get("dmc") or {}
+        if section and section.get("method") != "dmc":
+            raise InputError(
+                f"{source} names the method {section.get('method')}; only dmc is known here.")
+        values |= {name: section[name] for name in ("window", "tau", "c") if section}
+        return checked_config(dmc=bool(section), **values)
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise InputError(f"{source} is no usable configuration ({type(error).__name__}: {error}); "
+                         "restore it.") from None
+
+
+def refuse_other_models(facts, source):
+    """Raises InputError, by name, for what this Llama does not have."""
+    if (kind := facts.get("model_type")) not in ("llama", "mistral", MODEL_TYPE):
+        raise InputError(f"{source} describes a model of type {kind}; "
+                         "only Llama-family ones (llama, mistral) work here.")
+    asked = {feature for key, feature in UNSUPPORTED.items() if facts.get(key)}
+    if (facts.get("partial_rotary_factor") or 1) != 1:
+        asked.add("partial rotary embedding")
+    if asked:
+        raise InputError(f"{source} describes a model with {min(asked)}, "
+                         "which is not supported here; choose another one.")
+    if (act := facts.get("hidden_act", "silu")) != "silu":
+        raise InputError(f"{source} names the activation {act}; only silu is supported here.")
+
+
+def read_config(path):
+    """The Config of the checkpoint in a folder, from its config.json. Raises InputError."""
+    return config_from_json(read_json(Path(path) / "config.json"), Path(path) / "config.json")
+
+
+# ----------------------------------------------------------------------------------------- files
+
+def save(model, path, tokenizer=None, shard_bytes=5 * 10 ** 9, **facts):
+    """Write a checkpoint: safetensors, config.json, and the files of the Tokenizer given.
+
+    facts: for config.json, such as the CR reached. More than shard_bytes of weights are cut into
+    shards with an index. A kill at any moment leaves the old checkpoint or the new one, since the
+    weights' file repeats config.json and shards get names that are free. Raises InputError where
+    the folder cannot be written; the old checkpoint is untouched then.
+    """
+    path, config = Path(path), config_to_json(model.config, **facts)
+    if tokenizer is not None:
+        config |= tokenizer.special_ids
+    shards, size = [{}], 0
+    for name, p in model.named_parameters():                    # tied weights once
+        size += p.nbytes
+        if shards[-1] and size > shard_bytes:
+            shards, size = [*shards, {}], p.nbytes
+        key = name if name == "lm_head.weight" else "model." + name
+        shards[-1][key] = p.detach().contiguous()
+    config["torch_dtype"] = str(p.dtype).removeprefix("torch.")
+    metadata = {"format": "pt", "config": json.dumps(config)}
+    names = free_names(path, len(shards))
+    for name, weights in zip(names, shards, strict=True):
+        write_atomically(
+            path / name, lambda f, weights=weights: save_file(weights, f, metadata=metadata))
+
+    # From here on the new weights count; beside an old single file, from when it is gone.
+    index = path / "model.safetensors.index.json"
+    if len(shards) > 1:
+        places = {key: name for name, weights in zip(names, shards, strict=True) for key in weights}
+        total = sum(p.nbytes for p in model.parameters())
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": places})
+    else:
+        index.unlink(missing_ok=True)
+    for file in path.glob("model*.safetensors"):
+        if file.name not in names:
+            file.unlink()
+    write_json(path / "config.json", config)
+    for name, content in (tokenizer.files if tokenizer is not None else {}).items():
+        write_atomically(path / name, lambda f, content=content: f.write_bytes(content))
+
+
+def free_names(path, shards):
+    """File names for so many shards, none of which a file in the folder has; a single one's."""
+    if shards == 1:
+        return ["model.safetensors"]
+    stems = ("model" if i == 0 else f"model-{i}" for i in count())
+    stem = next(s for s in stems if not any(path.glob(f"{s}-?????-of-?????.safetensors")))
+    return [f"{stem}-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+
+
+def weight_files(path):
+    """The files of a checkpoint's weights: one, or an index's shards. Raises InputError."""
+    for single in (path / "model.safetensors", path / "pytorch_model.bin"):  # pickles last
+        index = single.with_name(single.name + ".index.json")
+        if single.is_file():
+            return [single]
+        if index.is_file():
+            try:
+                names = sorted(set(read_json(index)["weight_map"].values()))
+                files = [path / Path(name).name for name in names]
+            except (KeyError, TypeError, AttributeError, ValueError):
+                raise InputError(f"{index} is no index of shards; restore it.") from None
+            if missing := [file.name for file in files if not file.is_file()]:
+                raise InputError(f"{path} lacks {listed(missing)}, which {index.name} names; "
+                                 "fetch the rest of the checkpoint.")
+            return files
+    raise InputError(f"{path} holds no model.safetensors and no pytorch_model.bin; "
+                     "give the folder of a checkpoint.")
+
+
+def read_weights(file):
+    """The tensors in a file, by name and mapped to it, and the config.json that `save` put in."""
+    try:
+        with file.open("rb") as f:
+            if f.read(len(LFS_POINTER)) == LFS_POINTER.encode():
+                raise InputError(f"{file} is a git-lfs pointer, not the weights; "
+                                 f"run git lfs pull in {file.parent}.")
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as f:
+                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - no dict
+                return tensors, json.loads((f.metadata() or {}).get("config", "null"))
+        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)  # no code
+        if not all(isinstance(w, torch.Tensor) for w in tensors.values()):
+            raise TypeError("not all of it is tensors")
+        return tensors, None
+    except InputError:
+        raise
+    except Exception as error:      # torch and safetensors raise many kinds for a damaged file
+        raise InputError(f"{file} is truncated, damaged, or holds more than weights "
+                         f"({type(error).__name__}: {one_line(error)}); "
+                         "fetch or write it anew.") from None
+
+
+def load(path, ops=dmc, device=None, dtype=None, **changes):
+    """The Transformer in a folder in Hugging Face's layout. dtype None: as stored.
+
+    changes: of its Config, such as dmc=True before a retrofit. Weights that need no conversion stay
+    mapped to their file. Raises InputError where files are missing or damaged, where a tensor is
+    missing, unexpected or misshapen, and for other models. Warns of weights that are not finite.
+    """
+    path, weights, saved = Path(path), {}, None
+    for file in weight_files(path):
+        tensors, own = read_weights(file)
+        weights, saved = weights | tensors, own or saved
+    weights = {name.removeprefix("model."): w for name, w in weights.items()
+               if not name.endswith("rotary_emb.inv_freq")}
+    config_file = path / "config.json"
+    facts = read_json(config_file) if config_file.exists() or not saved else saved
+    if saved and saved != facts:        # a kill between two files; or somebody edited one
+        warnings.warn(f"{config_file} differs from what was saved with the weights, which is used.",
+                      stacklevel=2)
+        facts = saved
+    config = checked_config(**{**vars(config_from_json(facts, config_file)), **changes})
+    if config.n_layer > len(weights):       # said before that many layers are built
+        raise InputError(f"{path} holds {len(weights)} tensors, too few for {config.n_layer} "
+                         "layers; fetch the rest of it.")
+    try:
+        with torch.device("meta"):
+            model = dmc.Transformer(config, ops)
+    except RuntimeError:
+        raise InputError(
+            f"{config_file} has sizes beyond those of any tensor; restore it.") from None
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    tied = weights.pop("lm_head.weight", None) if config.tie_embeddings else None
+    check_weights(path, expected, weights, tied)
+    dtype = dtype or weights["embed_tokens.weight"].dtype
+    weights = {name: w.to(device=device, dtype=dtype) for name, w in weights.items()}
+    if bad := [name for name, w in weights.items()
+               if not all(x.isfinite() for x in torch.aminmax(w))]:
+        warnings.warn(f"{path} has weights that are NaN or infinite, in {listed(bad)}; "
+                      "what the model says will be useless.", stacklevel=2)
+    model.load_state_dict(weights, assign=True, strict=False)
+    if config.tie_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    return model
+
+
+def check_weights(path, expected, weights, tied):
+    """Raises InputError unless every tensor is accounted for. expected: shapes by name.
+
+    tied: an output matrix, or None, in the file of a model whose embedding serves as one.
+    """
+    floats = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    if others := [f"{name} ({w.dtype})" for name, w in weights.items() if w.dtype not in floats]:
+        raise InputError(f"{path} has quantized or other unsupported weights: {listed(others)}; "
+                         "fetch them in bf16 or fp32.")
+    wrong = {name: tuple(w.shape) for name, w in weights.items()
+             if name in expected and tuple(w.shape) != expected[name]}
+    problems = {
+        "missing": [name for name in expected if name not in weights],
+        "unexpected": [name for name in weights if name not in expected],
+        "of another shape": [f"{name} {n}, not {expected[name]}" for name, n in wrong.items()]}
+    if any(problems.values()):
+        told = "; ".join(f"{kind}: {listed(names)}" for kind, names in problems.items() if names)
+        raise InputError(f"{path} has other tensors than its config.json says; {told}; "
+                         "restore the files.")
+    if tied is not None and not torch.equal(tied, weights["embed_tokens.weight"]):
+        raise InputError(f"{path} ties the output matrix to the embedding, yet holds another "
+                         "lm_head.weight; correct tie_word_embeddings in its config.json.")
+
+
+# ---------------------------------------------------------------------------------------- models
+
+def shape(name, **changes):
+    """The Config of "llama2-7b", ... or "toy", plain unless changed. Raises InputError."""
+    shapes = {**SHAPES, "toy": TOY}
+    if name not in shapes:
+        raise InputError(f"there is no shape {name}; random weights come as {', '.join(shapes)}.")
+    return checked_config(**{**shapes[name], "dmc": False, **changes})
+
+
+def random_model(config, ops=dmc, device=None, dtype=torch.bfloat16):
+    """A Transformer with random weights, from PyTorch's seed: to measure speed and memory."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)          # weights are made in their dtype, never in a larger one
+    try:
+        with torch.device(device or "cpu"):
+            return dmc.Transformer(config, ops)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def locate(name):
+    """The folder of a checkpoint: `name` itself, or the place of llama2-7b or org/name in a cache.
+
+    That is Hugging Face's. A model that is not in it is fetched if huggingface_hub is installed.
+    Raises InputError where that is impossible.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    repo = f"meta-llama/{name.replace('llama2', 'Llama-2')}-hf" if name in SHAPES else name
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or Path(name).exists():
+        raise InputError(f"{name} is no folder, and no model's name; give the folder of a "
+                         f"checkpoint, {', '.join(SHAPES)}, or org/name.")
+    env = os.environ
+    home = env.get("HF_HOME") or Path(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    cache = Path(env.get("HF_HUB_CACHE") or Path(home).expanduser() / "hub").expanduser()
+    with suppress(OSError, InputError):
+        cached = cache / ("models--" + repo.replace("/", "--"))
+        folder = cached / "snapshots" / (cached / "refs/main").read_text().strip()
+        weight_files(folder)
+        return folder
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        fetch = shlex.join([re.sub("[^/]+$", "hf", interpreter()), "download", repo, "--include"])
+        raise InputError(
+            f"{name} is no folder, and {repo} is not in {cache}; fetch it with: "
+            f"{installing('huggingface_hub')} && {fetch} '*.json' '*.safetensors'") from None
+    try:
+        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:      # its many kinds: no network, no such model, no licence accepted
+        raise InputError(
+            f"{repo} could not be fetched ({type(error).__name__}: {one_line(error)}); "
+            "check the name, the network, and for models under a licence hf auth login.") from None
+
+
+def runs_by_number():
+    """The folders runs/1, runs/2, ... that exist, in order."""
+    runs = (p for p in Path("runs").glob("*") if p.name.isdigit())
+    return sorted(runs, key=lambda p: int(p.name))
+
+
+def find_checkpoint(name):
+    """The folder of a model: `name`, or the most compressed one of the run named, or of the newest.
+
+    Raises InputError where there is none.
+    """
+    for run in [Path(name)] if name else reversed(runs_by_number()):
+        if kept := [p.parent for p in run.glob("cr*/config.json")]:
+            return max(kept, key=lambda folder: float(folder.name[2:]))
+    if not name:
+        raise InputError("there is no finished run in runs; train one with "
+                         f"{typed('train.py')}, or name a model with --ckpt.")
+    return locate(name)

@@ -1,0 +1,174 @@
+"""What both commands share: parser, messages, exit codes, and where a figure comes from."""
+
+import argparse
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import dmc
+import dmc_fast
+from nanodmc.files import InputError, read_lines
+from nanodmc.launch import triton
+
+OPS = {"fast": dmc_fast, "reference": dmc}
+ROOT = Path(__file__).parent.parent          # the folder of the two commands
+
+
+# ------------------------------------------------------------------------------------ the parser
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Help as wide as the terminal, with short names for values.
+
+    The value of a flag is N (a whole number), X (a number) or TEXT, unless the flag names another
+    metavar. Of the description, paragraphs are filled; indented lines stay lines of their own.
+    """
+
+    def _fill_text(self, text, width, indent):
+        paragraphs = re.split(r"\n{2,}", textwrap.dedent(text).strip())
+        return "\n\n".join(self._filled(paragraph, width) for paragraph in paragraphs)
+
+    def _filled(self, paragraph, width):
+        if not re.search(r"^ ", paragraph, re.MULTILINE):
+            return textwrap.fill(paragraph, width)
+        lines = []
+        for line in paragraph.splitlines():          # a second column, behind two blanks, stays one
+            column = re.match(r" *(\S.*? {2,})?", line).end()
+            hang = " " * (column if 8 < column < width - 16 else 8)
+            lines.append(textwrap.fill(line, width, subsequent_indent=hang))
+        return "\n".join(lines)
+
+    def _get_default_metavar_for_optional(self, action):
+        kind = getattr(action.type, "kind", action.type)
+        return {int: "N", float: "X"}.get(kind, "TEXT")
+
+    def _format_args(self, action, default_metavar):
+        if action.nargs == argparse.ONE_OR_MORE:
+            return f"{self._metavar_formatter(action, default_metavar)(1)[0]} ..."
+        return super()._format_args(action, default_metavar)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are InputErrors."""
+
+    def __init__(self, description):
+        super().__init__(description=description, usage="%(prog)s [flags]", allow_abbrev=False,
+                         formatter_class=HelpFormatter)
+
+    def error(self, message):
+        raise InputError(f"{message}; see --help.")
+
+
+def number(low, high=float("inf"), kind=float):
+    """The type of a flag: a number of the kind given, from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range, {low} to {high}")
+        return value
+    parse.kind, parse.__name__ = kind, kind.__name__      # for the help and for argparse's errors
+    return parse
+
+
+# ---------------------------------------------------------------------------------- the terminal
+
+def setup_terminal(name):
+    """A terminal that cannot show a character shows ?; warnings read "NAME: warning: ..."."""
+    sys.stdout.reconfigure(errors="replace")
+    warnings.formatwarning = lambda message, *_: f"{name}: warning: {message}\n"
+
+
+def run_command(name, carry_out):
+    """Run a command, carry_out(), and return its exit code. All of a command's main but its work.
+
+    0: done. 2: InputError, told on stderr as "NAME: sentence". 130: KeyboardInterrupt; what there
+    is to say about it, carry_out has said. Other exceptions are faults of the program and pass.
+    """
+    setup_terminal(name)
+    try:
+        carry_out()
+        return 0
+    except InputError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def wrapped(text):
+    """A text in lines of at most 80 columns, cut at blanks only: paths and commands stay whole."""
+    return textwrap.fill(text, 80, break_long_words=False, break_on_hyphens=False)
+
+
+@contextmanager
+def silence():
+    """Nothing that is printed meanwhile is shown."""
+    with (Path(os.devnull).open("w", errors="replace") as nowhere,
+          redirect_stdout(nowhere), redirect_stderr(nowhere)):
+        yield
+
+
+# -------------------------------------------------------------------- commands that can be typed
+
+def interpreter():
+    """The running Python as it can be typed here: its short name, or a path."""
+    path = Path(sys.executable)
+    for name in ("python", path.name):
+        found = shutil.which(name)
+        # in the same folder: a virtual environment's link and its target are not the same Python
+        if found and Path(found).absolute().parent == path.parent and path.samefile(found):
+            return name
+    shown = from_here(path)
+    return shown if os.sep in shown else f"./{shown}"     # a bare name is looked for on PATH
+
+
+def from_here(path):
+    """A path as it can be typed here: relative where it lies below the current folder."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def typed(script, *arguments):
+    """The command line that runs a script of this project from the current folder, shell-quoted."""
+    return shlex.join([interpreter(), from_here((ROOT / script).absolute()), *map(str, arguments)])
+
+
+def installing(package):
+    """The command line that installs a package for the running Python."""
+    return shlex.join([interpreter(), "-m", "pip", "install", package])
+
+
+# -------------------------------------------------------------------- where a figure comes from
+
+def provenance():
+    """What stands behind a figure: date, command, commit, device and versions.
+
+    commit is None outside a clone, and without git.
+    """
+    commit = None
+    if shutil.which("git"):
+        git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"],
+                             capture_output=True, text=True)
+        commit = git.stdout.strip() or None
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        cpus = (line.split(":")[1].strip() for line in read_lines("/proc/cpuinfo")
+                if line.startswith("model name"))
+        device = f"{next(cpus, platform.processor())}, {torch.get_num_threads()} threads"
+    return {"date": time.strftime("%Y-%m-%d"),
+            "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "commit": commit, "device": device,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "numpy": np.__version__, "triton": getattr(triton, "__version__", None)}}

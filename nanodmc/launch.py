@@ -1,0 +1,32 @@
+"""Whether Triton's kernels run here, and what every kernel needs: for dmc_fast and flash_attention.
+
+With TRITON_INTERPRET=1 in the environment before the first import, kernels run on the CPU, slowly,
+for tests. Without Triton everything but the kernels works.
+"""
+
+import os
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                          # there is none for this machine
+    triton = tl = None
+
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def uses_kernels(device):
+    """Whether kernels run for tensors on a device; None: the CPU."""
+    return triton is not None and (torch.device(device or "cpu").type == "cuda" or INTERPRETED)
+
+
+def jit(f):
+    """triton.jit, or f itself where there is no Triton and nobody can call it."""
+    return triton.jit(f) if triton else f
+
+
+def power_of_2(n):
+    """The smallest power of 2 that is at least n: the size of a kernel's block that holds n."""
+    return 1 << max(0, n - 1).bit_length()

@@ -1,0 +1,202 @@
+"""AdamW, with stochastic rounding for weights in bf16, and the memory that training takes."""
+
+import textwrap
+import weakref
+from functools import partial
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from dmc import Transformer
+from nanodmc.files import InputError, read_lines
+from nanodmc.parallel import local, over_ranks
+
+
+def new_optimizer(model, s, passes=1):
+    """AdamW for a model under the Settings s, with weight decay on matrices only.
+
+    The learning rate is set at each step. passes: how many backward passes make up a gradient.
+    """
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": s.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
+    if s.lean:
+        return RoundingAdamW(groups, betas=(0.9, s.beta2), eps=s.eps, sums=passes > 1)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, s.beta2), eps=s.eps, fused=True)
+    optimizer.state.update((p, new_moments(p, p.device)) for p in matrices + vectors)
+    return optimizer
+
+
+def new_moments(p, device=None):
+    """AdamW's state before the first step: there from the start, so that a saved one fits in."""
+    return {"step": torch.zeros((), device=device), "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p)}
+
+
+def states(model, optimizer):
+    """Everything that a step changes, by name: views of the weights and the moments."""
+    named = dict(model.named_parameters())
+    moments = {key: {name: optimizer.state[p][key].detach() for name, p in named.items()}
+               for key in ("exp_avg", "exp_avg_sq")}
+    return {"weights": {name: p.detach() for name, p in named.items()}, **moments}
+
+
+def recompute_layers(model):
+    """Make each layer keep only its input: the backward pass computes the rest again.
+
+    Call it before FSDP2 shards the model, so that its hooks stay outside.
+    """
+    for layer in model.layers:
+        # a proxy: the layer itself would be a reference cycle, which keeps its weights alive
+        forward = partial(type(layer).forward, weakref.proxy(layer))
+        layer.forward = partial(checkpoint, forward, use_reentrant=False)
+
+
+# ------------------------------------------------------------------------------------ AdamW in bf16
+
+def round_stochastically(x, bits):
+    """fp32 to bf16, up or down with such probabilities that the mean is x.
+
+    bits: int32, in each 16 random low bits.
+    """
+    return (x.view(torch.int32) + (bits & 0xFFFF) & -0x10000).view(torch.float32).bfloat16()
+
+
+def adamw(w, grad, m, v, bits, numbers):
+    """AdamW on flat bf16 tensors, in place, computed in fp32. bits: int32 noise.
+
+    The moments are rounded stochastically too: 1 - beta2 of a change may be less than bf16 can
+    show, and would be lost.
+    """
+    clip, decay, rate, beta1, beta2, correction, eps = numbers.unbind()
+    grad = grad.float() * clip
+    mean = torch.lerp(grad, m.float(), beta1)
+    square = torch.lerp(grad * grad, v.float(), beta2)
+    updated = w.float() * decay - rate * mean / ((square * correction).sqrt() + eps)
+    w.copy_(round_stochastically(updated, bits))
+    m.copy_(round_stochastically(mean, bits >> 16))
+    v.copy_(round_stochastically(square, bits >> 16))
+
+
+class RoundingAdamW(torch.optim.Optimizer):
+    """AdamW on bf16 weights with bf16 moments.
+
+    At a learning rate of 3e-5 nearly every update is less than half of what a bf16 weight can show.
+    So updates are rounded stochastically, with noise from PyTorch's generator.
+
+    sums: the gradients of several backward passes add up in fp32, since a bf16 sum would lose the
+    later ones. Each is added as soon as it exists, and freed. (An update within the backward pass
+    would need no gradients at all, but clipping needs their norm first.)
+    """
+    CHUNK = 2 ** 24          # parameters at a time, which bounds the fp32 temporaries
+
+    def __init__(self, groups, betas, eps, sums):
+        super().__init__(groups, dict(lr=0.0, betas=betas, eps=eps))
+        self.sums, self.factor = {}, None
+        for p in self.parameters():
+            self.state[p] = new_moments(p)
+            if sums:
+                self.sums[p] = torch.zeros_like(local(p), dtype=torch.float32)
+                p.register_post_accumulate_grad_hook(partial(add_gradient, self.sums[p]))
+        self.update = torch.compile(adamw) if p.is_cuda else adamw
+
+    def parameters(self):
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def gradient(self, p):
+        return self.sums[p] if self.sums else local(p.grad)
+
+    def zero_grad(self):
+        super().zero_grad()
+        for total in self.sums.values():
+            total.zero_()
+
+    def clip(self, largest):
+        """The norm of the whole gradient, a scalar; the next step scales it down to `largest`."""
+        norms = [torch.linalg.vector_norm(self.gradient(p), dtype=torch.float32)
+                 for p in self.parameters()]
+        norm = over_ranks(torch.stack(norms).square().sum()).sqrt()
+        self.factor = (largest / (norm + 1e-6)).clamp(max=1.0)
+        return norm
+
+    @torch.no_grad()
+    def step(self):
+        """Update the weights. `clip` comes first."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["step"] += 1
+                numbers = self.numbers(group, state["step"].item(), p.device)
+                flat = (local(x).view(-1).split(self.CHUNK)
+                        for x in (p, self.gradient(p), state["exp_avg"], state["exp_avg_sq"]))
+                for w, grad, m, v in zip(*flat, strict=True):
+                    bits = torch.empty_like(w, dtype=torch.int32).random_(-2 ** 31, 2 ** 31)
+                    self.update(w, grad, m, v, bits, numbers)
+
+    def numbers(self, group, n, device):
+        """What `adamw` needs in step n, as a tensor, so that another step compiles nothing anew."""
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        numbers = [1 - lr * group["weight_decay"], lr / (1 - beta1 ** n), beta1, beta2,
+                   1 / (1 - beta2 ** n), group["eps"]]
+        return torch.cat([self.factor.view(1), torch.tensor(numbers).to(device, non_blocking=True)])
+
+
+def add_gradient(total, p):
+    """Move p's gradient into total."""
+    total += local(p.grad)
+    p.grad = None
+
+
+# --------------------------------------------------------------------------------- the memory plan
+
+def memory_plan(config, s, ranks=1):
+    """What a run needs on each GPU: bytes by name.
+
+    Counted where a tensor stays, estimated where it comes and goes.
+    """
+    with torch.device("meta"):
+        model = Transformer(config)
+    size = lambda module: sum(p.numel() for p in module.parameters())
+    n, layer, width = size(model), size(model.layers[0]), s.dtype.itemsize
+    ends = n - config.n_layer * layer                    # embedding, output matrix, last norm
+    sequences = s.micro_batch or s.batch // ranks
+    tokens = sequences * s.context
+    summed = s.lean and sequences * ranks < s.batch
+    kept = config.n_layer * tokens * config.dim * width if s.lean else 0
+    # of one layer, both passes; without recomputation every layer's, with T x T masks and scores
+    work = tokens * width * (24 * config.head_dim * config.n_head + 6 * config.ffn_dim)
+    if not s.lean:
+        work += 4 * sequences * config.n_head * s.context ** 2 * width
+        work *= config.n_layer
+    logits = (min(tokens, 2048) if s.lean else tokens) * config.vocab_size * 14
+    gathered = 2 * (2 * layer + ends) * width if ranks > 1 else 0
+    return {"weights": n * width // ranks,
+            "gradients": n * (4 if summed else width) // ranks,
+            "moments": 2 * n * width // ranks,
+            "kept activations": kept,
+            "work": max(work + layer * width * summed, logits) + gathered,
+            # CUDA itself, and what falls between the blocks
+            "reserve": 2 * 10 ** 9 * torch.cuda.is_available()}
+
+
+def free_memory():
+    """Bytes free on the GPU, or on the machine where there is none; None: nobody knows."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return next((int(line.split()[1]) * 1024 for line in read_lines("/proc/meminfo")
+                 if line.startswith("MemAvailable")), None)
+
+
+def check_memory(plan, free):
+    """Print the plan. Raises InputError where it exceeds what is free (bytes, or None)."""
+    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in plan.items() if size)
+    total = sum(plan.values())
+    told = f"memory plan in GB: {parts}; together {total / 1e9:.1f}"
+    told += f" of {free / 1e9:.1f}" if free else ""
+    print(textwrap.fill(told, 79, subsequent_indent="  "))
+    if free and total > free:
+        raise InputError(
+            f"the run needs {total / 1e9:.1f} GB on each card ({parts}) and {free / 1e9:.1f} are "
+            "free; lower --micro-batch or --context, take --precision bf16, or use more cards "
+            "with torchrun.")

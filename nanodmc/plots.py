@@ -1,0 +1,177 @@
+"""Every picture that the project draws, with matplotlib where it is installed."""
+
+import json
+
+import numpy as np
+
+from nanodmc.cli import installing
+from nanodmc.files import InputError, read_json, read_lines
+from nanodmc.settings import Settings, plan
+
+
+def new_figure(width, height):
+    """A matplotlib figure, in inches; None where there is no matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+# ---------------------------------------------------------------------------------------- a run
+
+def plot_runs(folders):
+    """Draw runs side by side, as plot.png in the first one's folder; see `plot_run`.
+
+    Of each finished run also its loss against its memory, as memory.png in its folder. Raises
+    InputError without matplotlib, or where a run has no step with decisions yet.
+    """
+    figure = new_figure(6.4 * len(folders), 15)
+    if figure is None:
+        raise InputError("--plot needs matplotlib, which is not installed; "
+                         f"{installing('matplotlib')}.")
+    grid = figure.subplots(4, len(folders), squeeze=False,
+                           sharey="row" if len(folders) > 1 else False)
+    for folder, axes in zip(folders, grid.T, strict=True):
+        plot_run(figure, axes, folder)
+    figure.savefig(folders[0] / "plot.png", dpi=110)
+    print(f"{folders[0] / 'plot.png'} shows {len(folders)} run{'s' * (len(folders) > 1)}.")
+    for folder in folders:
+        if (folder / "summary.json").exists():
+            plot_memory(read_json(folder / "summary.json"), folder / "memory.png")
+            print(f"{folder / 'memory.png'} shows its loss against its memory.")
+
+
+def plot_run(figure, axes, folder):
+    """Losses, CRs, and the CR of each layer and head (the paper's figures 6 and 7), on 4 axes."""
+    path = folder / "metrics.jsonl"
+    entries = [json.loads(line) for line in read_lines(path) if line.endswith("}")]
+    decided = [e for e in entries if "heads" in e]
+    if not decided:
+        raise InputError(f"{path} has no step with decisions yet; let the run get to its retrofit.")
+    phases = plan(Settings(**read_json(folder / "run.json")["settings"]))
+    plot_curves(axes[0], axes[1], entries, [phase.position for phase in phases])
+    axes[0].set_title(str(folder))
+    plot_layers(figure, axes[2], [e for e in decided if e["phase"] == "retrofit"] or decided)
+    plot_heads(figure, axes[3], decided[-1])
+
+
+def plot_curves(losses, ratios, entries, starts):
+    """The running mean loss of every phase; the target CR and the one reached where there are any.
+
+    starts: where in the data each phase begins, in steps. So phases that start from the same
+    weights start at the same place.
+    """
+    for index in sorted({e["index"] for e in entries}):
+        part = [e for e in entries if e["index"] == index]
+        steps = starts[index] + np.array([e["step"] for e in part])
+        width = max(1, len(part) // 25)
+        mean = np.convolve([e["loss"] for e in part], np.ones(width) / width, mode="valid")
+        name, colour = part[0]["phase"], f"C{index}"
+        if name == "solidify":
+            name += f" {part[0]['target_cr']:g}"
+        losses.plot(steps[width - 1:], mean, colour, label=name)
+        if part[0]["target_cr"]:
+            ratios.plot(steps, [e["cr"] for e in part], colour, lw=0.8, label=name)
+            ratios.plot(steps, [e["target_cr"] for e in part], colour, ls="--", lw=1.5)
+    losses.set(ylabel="LM loss, running mean")
+    ratios.set(xlabel="step", ylabel="CR; dashed: target")
+    for axis in (losses, ratios):
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+
+
+def draw_ratios(figure, axis, values, label):
+    """A matrix of CRs as colours, on a logarithmic scale that is the same in every plot."""
+    image = axis.imshow(np.array(values), aspect="auto", origin="lower", norm="log",
+                        cmap="magma_r", interpolation="nearest")
+    image.set_clim(1, 64)
+    bar = figure.colorbar(image, ax=axis, label=label, ticks=[1, 2, 4, 8, 16, 32, 64])
+    bar.ax.set_yticklabels(["1", "2", "4", "8", "16", "32", "64"])
+    bar.ax.minorticks_off()
+
+
+def plot_layers(figure, axis, entries):
+    """Figure 7: the CR of each layer (row) as the CR of the whole model grows (columns)."""
+    layers = np.array([1 / (1 / np.array(e["heads"])).mean(1) for e in entries]).T
+    draw_ratios(figure, axis, layers, "CR of a layer")
+    shown = np.linspace(0, len(entries) - 1, min(8, len(entries)))
+    shown = np.unique(shown.round().astype(int))
+    axis.set_xticks(shown, [f"{entries[i]['cr']:.2f}" for i in shown])
+    axis.set(xlabel="CR of the whole model as the retrofit goes on", ylabel="layer")
+    axis.yaxis.get_major_locator().set_params(integer=True)
+
+
+def plot_heads(figure, axis, entry):
+    """Figure 6: the CR of each layer (row) and head (column).
+
+    Heads are sorted within a layer, since their order means nothing.
+    """
+    draw_ratios(figure, axis, np.sort(entry["heads"], axis=1)[:, ::-1], "CR of a head")
+    axis.set(xlabel=f"heads of a layer, from the most compressed; {entry['phase']} at CR "
+                    f"{entry['cr']:.2f}", ylabel="layer")
+    for locator in (axis.xaxis.get_major_locator(), axis.yaxis.get_major_locator()):
+        locator.set_params(integer=True)
+
+
+# -------------------------------------------------------------------------------------- figures
+
+def plot_memory(summary, path):
+    """Loss against memory: DMC, and averaging without learning, from a run's summary.json.
+
+    The loss is above the control's, or above the pretrained model's where there was no control.
+    Returns whether matplotlib is there.
+    """
+    figure = new_figure(4.3, 2.8)
+    if figure is None:
+        return False
+    baseline = "control" if "control" in summary else "pretrained"
+    entries = sorted(summary["dmc"], key=lambda entry: entry["cr"])
+    axes = figure.subplots()
+    draw_policy(axes, "every n tokens averaged", "C1s--", -14,
+                [(round(e["cr"]), e["pooling"] - summary[baseline]) for e in entries])
+    draw_policy(axes, "DMC", "C0o-", 7, [(e["cr"], e["loss"] - summary[baseline]) for e in entries])
+    axes.set_xlabel("share of the cache kept (%)", fontsize=9)
+    axes.set_ylabel(f"loss above the {baseline} model's\n(nats per {summary['unit']})", fontsize=9)
+    axes.set_xlim(0, 104)
+    axes.tick_params(labelsize=8)
+    axes.margins(y=0.1)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    return True
+
+
+def draw_policy(axes, name, style, below, points):
+    """A line from the whole cache to each (CR, loss above the baseline), labelled with both."""
+    shares = [100, *(100 / cr for cr, _ in points)]
+    axes.plot(shares, [0.0, *(loss for _, loss in points)], style, label=name, markersize=5)
+    text = {"fontsize": 8, "color": style[:2], "textcoords": "offset points", "ha": "center"}
+    for share, (cr, loss) in zip(shares[1:], points, strict=True):
+        axes.annotate(f"{cr}x" if isinstance(cr, int) else f"{cr:.1f}x", (share, loss), (0, below),
+                      **text)
+    axes.annotate(f"{loss:+.2f}", (share, loss), (-20, -3), **text)
+
+
+def plot_bench(rows, path):
+    """Figure 5: tokens/s by CR, at the largest batch and at that of CR 1.
+
+    rows: as `generate.py --bench` writes them. Returns whether matplotlib is there.
+    """
+    figure = new_figure(6, 3.5)
+    if figure is None:
+        return False
+    axes = figure.subplots()
+    for kind in dict.fromkeys(row["kind"] for row in rows if row["kind"] != "peer"):
+        points = [(row["cr"], row["tokens_per_second"]) for row in rows if row["kind"] == kind]
+        axes.plot(*zip(*points, strict=True), marker="o", label=kind)
+    for row in rows:
+        if row["kind"] == "peer":
+            axes.axhline(row["tokens_per_second"], color="grey", linestyle=":", linewidth=1)
+            axes.annotate(f"{row['name']}, batch {row['batch']}", (1, row["tokens_per_second"]),
+                          fontsize=7, color="grey", xycoords=("axes fraction", "data"),
+                          ha="right", va="bottom")
+    axes.set(xlabel="compression ratio", ylabel="tokens per second", ylim=(0, None))
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    return True

@@ -1,0 +1,322 @@
+"""The settings of a training run, their presets, and the phases that follow from them."""
+
+import argparse
+import math
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+
+from nanodmc.checkpoint import checked_config
+from nanodmc.cli import OPS
+from nanodmc.files import InputError, read_json
+
+
+def setting(group, laptop, help, paper=None, **argument):
+    """A field of Settings that is also a flag.
+
+    group: its heading in --help. laptop: the default. paper: the value for Llama 2 7B, where it
+    differs. argument: what else argparse must know.
+    """
+    if laptop is not None and laptop is not False:
+        help += f" [{laptop}]" if paper is None else f" [{laptop}; paper: {paper}]"
+    return field(default=laptop, metadata={"paper": laptop if paper is None else paper,
+                                           "group": group, "argument": {"help": help, **argument}})
+
+
+def flag(name):
+    """The flag that gives the setting of this name."""
+    return "--" + name.replace("_", "-")
+
+
+def full_path(name):
+    """The absolute path of a file or pattern, so that --resume finds it from any folder."""
+    return str(Path(name).resolve())
+
+
+def full_path_of_folder(name):
+    """The absolute path of a folder; any other name as it is."""
+    return full_path(name) if Path(name).is_dir() else name
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run's result. The defaults suit the small model; PRESETS has more.
+
+    Raises InputError where a value is out of range or two contradict each other.
+    """
+    init: str = setting(
+        "model", None, "model to retrofit: the folder of a checkpoint, llama2-7b, -13b, -70b, or "
+        "org/name on Hugging Face [none: pretrain a small one]", metavar="MODEL",
+        type=full_path_of_folder)
+    random_weights: bool = setting(
+        "model", False, "take only the shape of --init llama2-7b and the like: weights are random "
+        "and text is bytes", action="store_true")
+    layers: int = setting("model", 3, "L, layers of the small model")
+    heads: int = setting("model", 4, "H, its query heads")
+    kv_heads: int = setting("model", 4, "G, its key-value heads; divides H")
+    dim: int = setting("model", 128, "width of its residual stream; H divides it")
+    ffn_dim: int = setting("model", 384, "width of its MLP")
+    ops: str = setting("model", "fast", "fast: kernels and stock flash attention; reference: the "
+                       "plain functions of dmc.py", choices=list(OPS), metavar="NAME")
+
+    data: list = setting(
+        "data", None, "UTF-8 text: files, folders, patterns with *. In .txt, a line with only a "
+        "form feed stands between documents; .jsonl has one a line; any other file is one. May be "
+        "packed as .gz, .xz or .zst [the sources of Python's standard library]",
+        nargs="+", metavar="FILE", type=full_path)
+    field: str = setting("data", "text", "the key in .jsonl that holds the text", metavar="KEY")
+    context: int = setting("data", 128, "tokens per training sequence, and positions of the small "
+                           "model", 4096)
+    batch: int = setting("data", 8, "sequences per step", 1024)
+    micro_batch: int = setting(
+        "data", 0, "sequences per forward and backward pass, on each card; the gradients of a "
+        "step's passes add up; 0: the whole batch", 1)
+    seed: int = setting("data", 0, "seed of the weights, the order of the data and the noise of "
+                        "the decisions")
+
+    pretrain_steps: int = setting("schedule", 1100, "steps of pretraining")
+    free_steps: int = setting("schedule", 100, "n of Eq. 12: steps over which the control channels "
+                              "fade", 250)
+    retrofit_steps: int = setting("schedule", 240, "steps over which the target CR rises from 1 to "
+                                  "--cr", 18000)
+    solidify_steps: int = setting(
+        "schedule", 260, "steps at the fixed CR while the learning rate decays; with a control, "
+        "models kept earlier take more of them, so that all end after as many steps", 2000)
+    cr: float = setting("schedule", 4.0, "the compression ratio to reach", metavar="CR")
+    keep: list = setting("schedule", None, "CRs at which a model is kept, as in 2,3,4 "
+                         "[2, 3, ... --cr]", nargs="+", metavar="CR")
+    solidify: list = setting(
+        "schedule", None, "which of them to solidify, in this order; --resume can add more where "
+        "there is no control [all]", nargs="+", metavar="CR")
+    control: bool = setting(
+        "schedule", False, "with --init too: also train the model given for as many steps without "
+        "compression", action="store_true")
+
+    window: int = setting("method", 12, "w: tokens that an average covers at most; 0: the whole "
+                          "segment")
+    tau: float = setting("method", 0.2, "temperature of Eq. 8", 0.1)
+    c: float = setting("method", 3.0, "offset of Eq. 8", 5.0)
+    cr_weight: float = setting("method", 2.0, "weight of the compression loss; Eq. 11 has 1", 1.0)
+    channel_lr_factor: float = setting(
+        "method", 10.0, "how much larger the steps are of the projection rows that feed the "
+        "control channels", 1.0)
+
+    pretrain_lr: float = setting("optimizer", 2e-3, "peak learning rate of pretraining, a cosine "
+                                 "to 10%%")
+    lr: float = setting("optimizer", 1e-3, "learning rate of the other phases: constant, then in "
+                        "solidify a cosine to 10%%", 3e-5)
+    warmup: int = setting("optimizer", 10, "steps over which each phase's learning rate rises from "
+                          "0; 0: none")
+    weight_decay: float = setting("optimizer", 0.1, "AdamW's weight decay, on matrices")
+    beta2: float = setting("optimizer", 0.95, "AdamW's second beta; the first is 0.9")
+    eps: float = setting("optimizer", 1e-8, "AdamW's epsilon", 1e-5)
+    clip: float = setting("optimizer", 1.0, "largest norm of the gradient")
+    precision: str = setting(
+        "optimizer", "fp32", "fp32, or bf16 to save memory: weights and AdamW's moments in bf16, "
+        "rounded stochastically; one activation kept per layer; no full logits. 6 bytes per "
+        "parameter, and 4 for the sums of gradients", "bf16", choices=["fp32", "bf16"],
+        metavar="NAME")
+
+    eval_sequences: int = setting("output", 256, "validation sequences behind each figure of the "
+                                  "final table")
+    save_every: int = setting("output", 100, "steps from one saved state to the next")
+    log_every: int = setting("output", 40, "steps from one line on the screen to the next")
+
+    def __post_init__(self):
+        may_be_zero = {"seed", "micro_batch", "pretrain_steps", "channel_lr_factor", "cr_weight",
+                       "window", "c", "warmup", "weight_decay", "random_weights", "control"}
+        numbers = {f.name: getattr(self, f.name) for f in fields(self)
+                   if isinstance(getattr(self, f.name), int | float)}
+        for name, value in numbers.items():
+            if not 0 <= value < math.inf:
+                raise InputError(f"{flag(name)} is {value}; give a number that is not negative.")
+        for name, value in numbers.items():
+            if value == 0 and name not in may_be_zero:
+                raise InputError(f"{flag(name)} is 0; give a number above 0.")
+        if self.beta2 >= 1:
+            raise InputError(f"--beta2 is {self.beta2}; give a number below 1.")
+        self.check_ratios()
+        if self.random_weights and not self.init:
+            raise InputError("--random-weights needs the name of a shape; add --init llama2-7b.")
+        if self.micro_batch and self.batch % self.micro_batch:
+            raise InputError(f"--batch {self.batch} is no multiple of --micro-batch "
+                             f"{self.micro_batch}; choose one that is.")
+        self.small_config()
+
+    def check_ratios(self):
+        """Raises InputError where --cr, --keep and --solidify contradict each other."""
+        spelled = lambda ratios: " ".join(f"{cr:g}" for cr in ratios)
+        if self.cr < 1:
+            raise InputError(f"--cr is {self.cr:g}; a compression ratio is at least 1.")
+        if not all(1 <= cr <= self.cr for cr in self.kept()):
+            raise InputError(f"--keep {spelled(self.keep)} leaves the range from 1 to "
+                             f"--cr {self.cr:g}.")
+        if not set(self.solidified()) <= set(self.kept()):
+            raise InputError(f"--solidify {spelled(self.solidify)} names a CR at which no model is "
+                             "kept; add it to --keep.")
+
+    def kept(self):
+        """The CRs at which the retrofit keeps a model, in rising order."""
+        if self.keep:
+            return sorted(set(self.keep))
+        return [float(cr) for cr in range(2, math.ceil(self.cr))] + [self.cr]
+
+    def solidified(self):
+        """The CRs of the models that are solidified, in the order in which that happens."""
+        return list(dict.fromkeys(self.solidify or self.kept()))
+
+    def small_config(self):
+        """The Config of the plain Llama that is pretrained where --init gives none."""
+        return checked_config(vocab_size=257, n_layer=self.layers, n_head=self.heads,
+                              n_kv_head=self.kv_heads, dim=self.dim, ffn_dim=self.ffn_dim,
+                              max_seq_len=self.context, **self.method(dmc=False))
+
+    def method(self, dmc):
+        """The entries of a Config that the settings decide. dmc False: a plain Llama."""
+        return {"dmc": dmc, "window": self.window or None, "tau": self.tau, "c": self.c}
+
+    @property
+    def lean(self):
+        """Whether training saves memory, by precision, recomputation and chunks."""
+        return self.precision == "bf16"
+
+    @property
+    def dtype(self):
+        return torch.bfloat16 if self.lean else torch.float32
+
+
+PAPER = {f.name: f.metadata["paper"] for f in fields(Settings)}
+PRESETS = {
+    "laptop": {},
+    "llama2-7b": PAPER,
+    "llama2-13b": PAPER,
+    "llama2-70b": {**PAPER, "lr": 1.5e-5},
+    "short": {**PAPER, "batch": 64, "free_steps": 50, "retrofit_steps": 400, "solidify_steps": 150,
+              "cr": 3.0, "tau": 0.2, "c": 3.0, "cr_weight": 2.0, "channel_lr_factor": 10.0,
+              "eval_sequences": 64}}
+CHANGEABLE = {"lr", "clip", "save_every", "log_every", "solidify"}      # when a run is resumed
+
+
+# ------------------------------------------------------------------------------------ the phases
+
+@dataclass(frozen=True)
+class Phase:
+    """steps of training that turn the weights in folder `start` into those in folder `out`."""
+    name: str
+    start: str | None                # None: random weights
+    out: str | None                  # None: only the models it keeps on the way
+    steps: int
+    position: int                    # in the data, in steps: as many as the start's weights saw
+    decay: int                       # the last steps, over which the learning rate falls to 10%
+    lr: float
+    dmc: bool = True
+    fade: bool = False               # Eq. 12
+    cr: tuple | None = None          # target CR before the first step and after the last
+    keep: dict = field(default_factory=dict)    # steps done -> folder of the model kept then
+
+    @property
+    def title(self):
+        """Its name, with the CR where several phases have the name: "solidify 4"."""
+        return f"{self.name} {self.cr[1]:g}" if self.name == "solidify" else self.name
+
+    @property
+    def weights(self):
+        """The folder of the weights it ends with. A given model that is not trained stays put."""
+        return self.out if self.steps or self.start is None else self.start
+
+    def learning_rate(self, step, warmup):
+        left = min(1.0, (self.steps - step) / self.decay) if self.decay else 1.0
+        cosine = 0.1 + 0.9 * (1 - math.cos(math.pi * left)) / 2
+        return self.lr * min(1.0, (step + 1) / max(1, warmup)) * cosine
+
+    def target(self, step):
+        """The target CR at a step, or None where nothing is decided."""
+        return self.cr and self.cr[0] + (self.cr[1] - self.cr[0]) * (step + 1) / self.steps
+
+
+def plan(s, given=None):
+    """The phases of a run, in order.
+
+    given: the folder of the checkpoint to start from; None: random weights. Raises InputError where
+    two models would have to be kept at the same step.
+    """
+    pretrain_steps = 0 if s.init else s.pretrain_steps
+    start = str(given) if given else "pretrained"
+    free_at, retrofit_at = pretrain_steps, pretrain_steps + s.free_steps
+    reach = {cr: max(1, round(s.retrofit_steps * (cr - 1) / max(s.cr - 1, 1e-9)))
+             for cr in s.kept()}
+    if len(set(reach.values())) < len(reach):
+        raise InputError(f"two of the CRs to keep, {', '.join(f'{cr:g}' for cr in reach)}, fall on "
+                         "the same step; keep fewer with --keep, or raise --retrofit-steps.")
+    control = s.control or not s.init
+    phases = [
+        Phase("pretrain", given and start, "pretrained", pretrain_steps, 0, pretrain_steps,
+              s.pretrain_lr, dmc=False),
+        Phase("free", start, "freed", s.free_steps, free_at, 0, s.lr, fade=True),
+        Phase("retrofit", "freed", None, s.retrofit_steps, retrofit_at, 0, s.lr, cr=(1.0, s.cr),
+              keep={step: f"retrofit-{cr:g}" for cr, step in reach.items()}),
+    ]
+    for cr in s.solidified():
+        step = reach[cr]       # with a control all end after as many steps, so they are comparable
+        steps = s.solidify_steps + (s.retrofit_steps - step if control else 0)
+        phases.append(Phase("solidify", f"retrofit-{cr:g}", f"cr{cr:g}", steps, retrofit_at + step,
+                            steps, s.lr, cr=(cr, cr)))
+    if control:
+        steps = s.free_steps + s.retrofit_steps + s.solidify_steps
+        phases.append(Phase("control", start, "control", steps, free_at, s.solidify_steps, s.lr,
+                            dmc=False))
+    return phases
+
+
+# ------------------------------------------------------------------------------------- the flags
+
+def add_flags(parser):
+    """A flag for each setting, in groups. One that is not given leaves nothing in the result."""
+    groups = {}
+    for f in fields(Settings):
+        title = f.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        kind = {"type": f.type} if f.type in (int, float) else {}
+        groups[title].add_argument(flag(f.name), default=argparse.SUPPRESS, **kind,
+                                   **f.metadata["argument"])
+
+
+def ratios(name, words):
+    """The numbers in what --keep or --solidify was given: "2 3", "2,3". Raises InputError."""
+    try:
+        return [float(cr) for word in words for cr in word.split(",") if cr]
+    except ValueError:
+        raise InputError(f"{flag(name)} {' '.join(words)} is no list of ratios; give one such as "
+                         "2,3,4.") from None
+
+
+def new_settings(given, preset=None):
+    """The Settings of a new run. given: those that flags gave. preset: a name in PRESETS.
+
+    Raises InputError where the flags contradict each other.
+    """
+    small = {"layers", "heads", "kv_heads", "dim", "ffn_dim", "pretrain_steps"} & given.keys()
+    if given.get("init") and small:
+        raise InputError(f"{flag(min(small))} is for the small model; leave it out with --init, "
+                         "which brings its own.")
+    named = given["init"] if given.get("init") in PRESETS else "laptop"
+    return Settings(**{**PRESETS[preset or named], **given})
+
+
+def resumed_settings(out, given):
+    """The Settings of the run in folder `out`, changed by the flags given now.
+
+    Raises InputError where a flag changes what the run has already been trained with.
+    """
+    saved = read_json(out / "run.json")["settings"]
+    for name, value in given.items():
+        if saved[name] != value and name not in CHANGEABLE:
+            raise InputError(f"{flag(name)} was {saved[name]} when {out} began; resume without it, "
+                             "or start a new run.")
+    before, settings = Settings(**saved), Settings(**{**saved, **given})
+    if plan(replace(settings, lr=before.lr))[:len(plan(before))] != plan(before):
+        raise InputError("--solidify can name more CRs only behind those that it named before, and "
+                         "without a control; start a new run.")
+    return settings

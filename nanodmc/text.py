@@ -1,0 +1,330 @@
+"""Files of text become tokens on disk, and those become batches."""
+
+import glob
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import shutil
+import sys
+import sysconfig
+import time
+from array import array
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanodmc.cli import installing
+from nanodmc.files import InputError
+from nanodmc.tokenizer import Tokenizer
+
+# ----------------------------------------------------------------------------- files to documents
+
+def standard_library():
+    """The Python sources of the running interpreter, without its tests: about 12 MB everywhere."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    return sorted(f for f in root.rglob("*.py") if not skip & set(f.relative_to(root).parts))
+
+
+def text_files(patterns):
+    """The files that --data names: themselves, all below a folder, or a pattern's matches.
+
+    Raises InputError where there is none.
+    """
+    found = []
+    for pattern in patterns:
+        # Path.glob takes no absolute pattern
+        names = ([pattern] if Path(pattern).exists()
+                 else sorted(glob.glob(pattern, recursive=True)))  # noqa: PTH207
+        if not names:
+            raise InputError(f"{pattern} cannot be read (no such file); check --data.")
+        for path in map(Path, names):
+            found += sorted(f for f in (path.rglob("*") if path.is_dir() else [path])
+                            if f.is_file() and not f.name.startswith("."))
+    if not found:
+        raise InputError("there is no file to train on; give text files with --data.")
+    return list(dict.fromkeys(found))
+
+
+def unpacked(file, suffix):
+    """A stream of text from an open file, by the suffix of its name."""
+    if suffix == ".zst":
+        try:
+            import zstandard
+        except ImportError:
+            raise InputError("reading .zst needs a library that is not installed; "
+                             f"{installing('zstandard')}.") from None
+        return zstandard.open(file, "rt", encoding="utf-8")
+    kind = {".gz": gzip.open, ".xz": lzma.open}.get(suffix)
+    if kind is None:
+        return io.TextIOWrapper(file, encoding="utf-8")
+    return kind(file, "rt", encoding="utf-8")
+
+
+def split_documents(stream, kind, path, field):
+    """Yield the texts in a stream. kind: .jsonl, .txt or another suffix; see `documents`."""
+    if kind == ".jsonl":
+        for number, line in enumerate(stream, 1):
+            try:
+                entry = json.loads(line) if line.strip() else {field: None}
+            except json.JSONDecodeError:
+                raise InputError(f"{path} is no JSON in line {number}; mend it, or leave it out "
+                                 "of --data.") from None
+            if not isinstance(entry, dict) or not isinstance(entry.get(field, 0), str | None):
+                raise InputError(f"{path} has no text under {field} in line {number}; "
+                                 "name where it is with --field.")
+            if entry[field] is not None:
+                yield entry[field]
+    elif kind == ".txt":
+        lines = []
+        for line in stream:
+            if line == "\f\n":
+                yield "".join(lines)
+                lines = []
+            else:
+                lines.append(line)
+        yield "".join(lines)
+    else:
+        yield stream.read()
+
+
+def documents(path, field):
+    """Yield the texts in a file, each with the bytes of the file that were read so far.
+
+    A line of .jsonl has one under `field`. In .txt, a line of nothing but a form feed stands
+    between two. Any other file is one. All may be packed as .gz, .xz or .zst. Raises InputError
+    where a file cannot be read, or is not what its name says.
+    """
+    packed = path.suffix if path.suffix in (".gz", ".xz", ".zst") else ""
+    kind = path.with_suffix("").suffix if packed else path.suffix
+    try:
+        with path.open("rb") as file, unpacked(file, packed) as stream:
+            for text in split_documents(stream, kind, path, field):
+                yield text, file.tell()
+    except UnicodeDecodeError:
+        raise InputError(
+            f"{path} is not UTF-8 text; convert it, or leave it out of --data.") from None
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror or error}); check --data.") from None
+    except InputError:
+        raise
+    except Exception as error:      # each library has its own kind for a damaged file
+        raise InputError(
+            f"{path} is damaged ({error}); fetch it anew, or leave it out of --data.") from None
+
+
+# ------------------------------------------------------------------------------ documents to tokens
+
+@lru_cache(maxsize=1)
+def tokenizer_of(folder):
+    """The tokenizer of a checkpoint, or of bytes where `folder` is None; read once per process."""
+    return Tokenizer.from_folder(folder) if folder else Tokenizer.bytes()
+
+
+def encode(folder, texts):
+    """Each text's tokens, an array each: the template's prefix, the text, the end of text."""
+    tokenizer = tokenizer_of(folder)
+    end = [] if tokenizer.eos is None else [tokenizer.eos]
+    dtype = np.uint16 if tokenizer.vocab_size <= 2 ** 16 else np.uint32
+    return [np.array(tokenizer.encode(text, special=False, prefix=True) + end, dtype=dtype)
+            for text in texts]
+
+
+def encode_all(files, folder, field, alone=2 ** 24):
+    """Yield the documents of all files as arrays of tokens, in order, and the share that is done.
+
+    More bytes than `alone` are cut into portions for as many processes as there are cores. Only a
+    few portions are in memory at any time.
+    """
+    sizes = np.cumsum([0, *(f.stat().st_size for f in files)])
+
+    def portions():
+        texts, size = [], 0
+        for i, path in enumerate(files):
+            for text, read in documents(path, field):
+                texts.append(text)
+                size += len(text)
+                if size > 2 ** 20:
+                    yield texts, (sizes[i] + read) / sizes[-1]
+                    texts, size = [], 0
+        yield texts, 1.0
+
+    if sizes[-1] <= alone:
+        yield from ((encode(folder, texts), done) for texts, done in portions())
+        return
+    affinity = getattr(os, "sched_getaffinity", None)
+    workers = len(affinity(0)) if affinity else os.cpu_count()
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        waiting = deque()
+        for texts, done in portions():
+            waiting.append((pool.submit(encode, folder, texts), done))
+            if len(waiting) > 2 * workers:
+                future, done = waiting.popleft()
+                yield future.result(), done
+        yield from ((future.result(), done) for future, done in waiting)
+
+
+def content_key(files, folder, field):
+    """A name for the tokens of these files.
+
+    It is the same for the same contents in the same order and the same tokenizer. Raises
+    InputError where a file cannot be read.
+    """
+    tokenizer, whole = tokenizer_of(folder), hashlib.blake2b(digest_size=12)
+    try:
+        whole.update(json.dumps([field, tokenizer.special_ids]).encode())
+        whole.update(tokenizer.files["tokenizer.json"])
+        for path in files:
+            whole.update(json.dumps([path.suffixes[-2:], path.stat().st_size]).encode())
+            with path.open("rb") as f:
+                while block := f.read(2 ** 20):
+                    whole.update(block)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); check --data.") from None
+    return whole.hexdigest()
+
+
+def write_tokens(folder, files, tokenizer_folder, field):
+    """Tokenize files into `folder`, with the progress on the screen: see `prepare`."""
+    began = shown = time.perf_counter()
+    ends, total = array("q"), 0
+    every, end = (1, "\r") if sys.stdout.isatty() else (30, "\n")     # seconds between two lines
+    folder.mkdir(parents=True)
+    with (folder / "tokens").open("wb") as out:
+        for arrays, done in encode_all(files, tokenizer_folder, field):
+            for tokens in arrays:
+                tokens.tofile(out)
+                total += len(tokens)
+                ends.append(total)
+            now = time.perf_counter()
+            if now - shown > every:
+                shown = now
+                print(f"tokenizing {done:4.0%}, {total:,} tokens, "
+                      f"{total / (shown - began):,.0f} per second", end=end, flush=True)
+        os.fsync(out.fileno())
+    with (folder / "ends").open("wb") as out:
+        ends.tofile(out)
+        os.fsync(out.fileno())
+
+
+def prepare(files, folder, field, cache):
+    """Tokenize into the folder cache/KEY, unless that is done. Returns KEY.
+
+    In it are `tokens`, all in a row, and `ends`, where each document ends (int64). Raises
+    InputError where a file cannot be read or the cache not be written.
+    """
+    key = content_key(files, folder, field)
+    if (cache / key).is_dir():
+        return key
+    unfinished = cache / f"{key}.{os.getpid()}.partial"
+    try:
+        write_tokens(unfinished, files, folder, field)
+        unfinished.replace(cache / key)
+    except OSError as error:
+        if not (cache / key).is_dir():       # else another run was faster
+            raise InputError(f"{cache} cannot be written ({error.strerror}); set XDG_CACHE_HOME "
+                             "to another folder or free some space.") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return key
+
+
+# ------------------------------------------------------------------------------ tokens to batches
+
+class Text:
+    """Documents of a memory-mapped file of tokens, in a given order: has a length, and slices."""
+
+    def __init__(self, tokens, starts, ends):
+        self.tokens, self.starts, self.ends = tokens, starts, np.cumsum(ends - starts)
+        # from a place in this text to the place in the file
+        self.shift = starts - self.ends + (ends - starts)
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, span):
+        parts, at, stop = [], span.start, min(span.stop, len(self))
+        for i in range(np.searchsorted(self.ends, at, side="right"), len(self.ends)):
+            if at >= stop:
+                break
+            end = min(stop, int(self.ends[i]))
+            parts.append(self.tokens[at + self.shift[i]:end + self.shift[i]])
+            at = end
+        return np.concatenate(parts)
+
+
+def load_data(settings, folder, key=None):
+    """The text for training, the text for validation, and the key of both, made if need be.
+
+    folder: whose tokenizer; None: bytes. key: from an earlier call, whose tokens are taken as they
+    are if they are still there. Raises InputError where text is missing or too short.
+
+    The order of the documents depends on nothing but their number. The first 1 in 20 of them, no
+    more than 10,000, are set aside for validation; of a single document, its last twentieth.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dmc"
+    if key is None or not (cache / key).is_dir():
+        files = text_files(settings.data) if settings.data else standard_library()
+        if not files:
+            raise InputError("this Python has no sources of its standard library; "
+                             "give text files with --data.")
+        key = prepare(files, folder, settings.field, cache)
+    dtype = np.uint16 if tokenizer_of(folder).vocab_size <= 2 ** 16 else np.uint32
+    ends, tokens = np.fromfile(cache / key / "ends", np.int64), np.zeros(0)
+    if ends[-1:].any():                     # an empty file cannot be mapped
+        tokens = np.memmap(cache / key / "tokens", dtype, mode="r")
+    starts = np.concatenate([[0], ends[:-1]])
+    if len(ends) == 1:
+        cut = len(tokens) * 19 // 20
+        starts, ends, order = np.array([0, cut]), np.array([cut, len(tokens)]), np.array([1, 0])
+    else:
+        order = np.random.default_rng(0).permutation(len(ends))
+    held_out = max(1, min(len(ends) // 20, 10_000))
+    val, train = (Text(tokens, starts[part], ends[part])
+                  for part in (order[:held_out], order[held_out:]))
+    for name, text in (("training", train), ("validation", val)):
+        if len(text) <= settings.context:
+            raise InputError(
+                f"the {name} text has {len(text)} tokens, and one sequence takes "
+                f"{settings.context + 1}; give more text with --data or a smaller --context.")
+    return train, val, key
+
+
+def sequences(tokens, starts, length, device):
+    """Inputs and targets, (len(starts), length) each: the tokens from each start, and the next."""
+    x = torch.from_numpy(np.stack([tokens[i:i + length + 1] for i in starts]).astype(np.int64))
+    x = x.to(device)
+    return x[:, :-1], x[:, 1:]
+
+
+@lru_cache(maxsize=2)
+def shuffled(seed, epoch, n):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def batch(tokens, settings, position, device, rows=None):
+    """The batch at a position of the data, the same for every model that gets there.
+
+    rows: a range of its sequences; None: all. A text that was given is cut into sequences, all of
+    which are read once in a shuffled order, then again in another one. In the small model's text,
+    sequences begin at random places.
+    """
+    s, T = settings, settings.context
+    rows = range(s.batch) if rows is None else rows
+    if s.data:
+        n = (len(tokens) - 1) // T
+        places = (divmod(position * s.batch + row, n) for row in rows)
+        starts = [shuffled(s.seed, epoch, n)[i] * T for epoch, i in places]
+    else:
+        draw = np.random.default_rng([s.seed, position])
+        starts = draw.integers(0, len(tokens) - T, s.batch)[rows.start:rows.stop]
+    return sequences(tokens, starts, T, device)

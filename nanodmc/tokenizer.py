@@ -1,0 +1,351 @@
+"""Hugging Face's tokenizer.json, carried out by tiktoken."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from nanodmc.files import InputError, read_json
+
+BLANK = "\u2581"                 # what SentencePiece writes for a blank
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
+    "generation_config.json", "chat_template.jinja")
+# numerals, with those of Unicode 17, which tiktoken does not know yet
+NUMERAL = "\\p{N}\U00011de0-\U00011de9\U00016ff4-\U00016ff6"
+SPLITS = {          # how the known pre-tokenizers cut a text into pieces, each encoded by itself
+    "GPT-2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "single digits, then GPT-2": rf"[{NUMERAL}]|'(?:[sdmt]|ll|ve|re)| ?\p{{L}}+"
+                                 rf"| ?[^\s\p{{L}}{NUMERAL}]+|\s+(?![^\s{NUMERAL}])|\s+",
+    "Llama 3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+               r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "words with all blanks before them": "\u2581*[^\u2581]+|\u2581+",
+    "words with one blank before them": "\u2581?[^\u2581]+|\u2581",
+    "nothing": r"[\s\S]+",
+}
+
+
+def byte_alphabet():
+    """byte -> the character that byte-level BPE writes for it: itself if visible, else U+0100..."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in visible]
+    return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+BYTE_CHAR = byte_alphabet()
+ALPHABET = frozenset(BYTE_CHAR.values())
+CHAR_BYTE = {ord(char): b for b, char in BYTE_CHAR.items()}
+
+
+def spell_bytes(piece):
+    """The bytes that a piece of byte-level BPE, written in that alphabet, stands for."""
+    return piece.translate(CHAR_BYTE).encode("latin-1")
+
+
+def as_id(i):
+    """i, if it is a token's id. Raises ValueError."""
+    if not isinstance(i, int) or not 0 <= i < 2 ** 31:
+        raise ValueError(f"{i!r} is no id")
+    return i
+
+
+def steps_of(part, plural):
+    """A part of tokenizer.json, which may be none, one step or a sequence of them, as a list."""
+    return (part or {}).get(plural, [part] if part else [])
+
+
+def split_name(pre_tokenizer):
+    """The name in SPLITS of a pre_tokenizer, or a description of one that is not known."""
+    names = []
+    for step in steps_of(pre_tokenizer, "pretokenizers"):
+        kind, pattern = step["type"], (step.get("pattern") or {}).get("Regex")
+        if kind == "ByteLevel" and not step.get("add_prefix_space"):
+            names += ["GPT-2"] if step.get("use_regex", True) else []
+        elif kind == "Digits" and step.get("individual_digits"):
+            names.append("single digits")
+        elif (kind == "Split" and pattern == SPLITS["Llama 3"] and step["behavior"] == "Isolated"
+                and not step.get("invert")):
+            names.append("Llama 3")
+        elif kind == "Metaspace" and step.get("replacement") == BLANK:
+            names += ["words with one blank before them"] if step.get("split", True) else []
+        else:
+            options = {key: value for key, value in step.items() if key != "type"}
+            names.append(f"{kind} {json.dumps(options)}")
+    return ", then ".join(names) or "nothing"
+
+
+def byte_level_ids(vocab, merged):
+    """In the order of tiktoken's ranks, bytes -> ids: none for a byte that the vocabulary lacks."""
+    ids = {bytes([b]): (vocab[char],) if char in vocab else ()
+           for b, char in sorted(BYTE_CHAR.items())}
+    return ids | {spell_bytes(piece): (vocab[piece],) for piece in merged
+                  if ALPHABET.issuperset(piece)}
+
+
+def sentencepiece_ids(vocab, merged):
+    """The same: bytes, beginnings of characters (the ids of their bytes), characters, merges."""
+    by_byte = [vocab[f"<0x{b:02X}>"] for b in range(256)]
+    chars = [char for char in vocab if len(char) == 1]
+    ids = {bytes([b]): (by_byte[b],) for b in range(256)}
+    ids |= {char.encode()[:n]: tuple(by_byte[b] for b in char.encode()[:n])
+            for char in chars for n in range(2, len(char.encode()))}
+    return ids | {piece.encode(): (vocab[piece],) for piece in [*chars, *merged]}
+
+
+def cut(text, names):
+    """Cut text at the longest of `names` (name -> id) in it. Yields (position, text or id)."""
+    end = 0
+    if names:
+        longest_first = sorted(names, key=len, reverse=True)
+        for match in re.finditer("|".join(map(re.escape, longest_first)), text):
+            if match.start() > end:
+                yield end, text[end:match.start()]
+            yield match.start(), names[match[0]]
+            end = match.end()
+    if end < len(text):
+        yield end, text[end:]
+
+
+class Tokenizer:
+    """Text to token ids and back, as a tokenizer.json of Hugging Face says, by tiktoken.
+
+    There are two kinds of BPE: over bytes (GPT-2, Llama 3, SmolLM2), and over characters, with
+    U+2581 for blanks and single bytes for characters that the vocabulary lacks (SentencePiece:
+    Llama 2, Mistral). tiktoken knows bytes only, and merges first what has the lowest rank.
+    SentencePiece fits in as follows. Ranks 0-255 are the bytes. Then come the beginnings of every
+    character's UTF-8, so that characters are assembled before anything else merges; then the
+    characters; then the merged pieces in the order of their merges. A beginning that is left over
+    belongs to an unknown character and becomes the ids of its bytes.
+
+        vocab_size: 1 + the largest id
+        stops: the ids that end a text; eos: the first of them, or None
+        prefix: the ids that the file's template puts before a text, as Llama's beginning-of-text
+        files: name -> content, which `save` writes beside a model
+        special_ids: config.json's entries for the ids that begin and end a text, or pad it
+    """
+
+    def __init__(self, files, special_ids=None, source="tokenizer.json"):
+        """Raises InputError for a damaged tokenizer.json, and for what cannot be done exactly."""
+        self.files, self.special_ids, self.source = files, special_ids or {}, source
+        try:
+            facts = json.loads(files["tokenizer.json"])
+            self._read_blanks(facts.get("normalizer"), facts.get("pre_tokenizer"))
+            self._read_model(facts["model"], facts.get("pre_tokenizer"))
+            self._read_added_tokens(facts.get("added_tokens") or [])
+            self._read_template(facts.get("post_processor"))
+            self._read_decoder(facts.get("decoder"))
+            generation = json.loads(files.get("generation_config.json", "{}"))
+        except InputError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError, RecursionError,
+                OverflowError) as error:
+            raise self._refusal(
+                f"is damaged ({type(error).__name__}: {error})", "restore it") from None
+        self.vocab_size = 1 + max(self.pieces)
+        ends = (np.ravel(facts.get("eos_token_id") or []).tolist()
+                for facts in (self.special_ids, generation))
+        self.stops = list(dict.fromkeys(i for ids in ends for i in ids))
+        self.eos = self.stops[0] if self.stops else None
+
+    @classmethod
+    def bytes(cls):
+        """The 256 bytes and an end-of-text token: the vocabulary of the small model."""
+        end = {"id": 256, "content": "<|endoftext|>", "special": True, "normalized": False,
+               "single_word": False, "lstrip": False, "rstrip": False}
+        bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                    "use_regex": True}
+        vocab = {char: b for b, char in sorted(BYTE_CHAR.items())}
+        facts = {"version": "1.0", "added_tokens": [end], "normalizer": None,
+                 "pre_tokenizer": bytewise, "decoder": bytewise,
+                 "model": {"type": "BPE", "vocab": vocab, "merges": []}}
+        special_ids = {"bos_token_id": None, "eos_token_id": 256}
+        return cls({"tokenizer.json": json.dumps(facts, indent=1).encode()}, special_ids)
+
+    @classmethod
+    def from_folder(cls, path):
+        """A checkpoint's tokenizer. Raises InputError if there is none, or another model's."""
+        path = Path(path)
+        files = {name: (path / name).read_bytes() for name in TOKENIZER_FILES
+                 if (path / name).is_file()}
+        if "tokenizer.json" not in files:
+            raise InputError(
+                f"{path} holds no tokenizer.json; copy it there from the model's source.")
+        read_json(path / "tokenizer.json")           # says so if it is a pointer or damaged
+        config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+        special_ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+                       if key in config}
+        tokenizer = cls(files, special_ids, path / "tokenizer.json")
+        size, rows = tokenizer.vocab_size, config.get("vocab_size", tokenizer.vocab_size)
+        if not size <= rows <= size + 1024:          # embeddings are often padded a little
+            raise InputError(f"{path / 'tokenizer.json'} has {size} ids and the model {rows}; "
+                             "it belongs to another model: copy the right one there.")
+        return tokenizer
+
+    def _refusal(self, what, remedy="choose a model with another tokenizer"):
+        return InputError(f"{self.source} {what}; {remedy}.")
+
+    def _read_blanks(self, normalizer, pre_tokenizer):
+        """self.blanks: where U+2581 is put before text.
+
+        "never", before "each" section, or as Metaspace's schemes say: "always" or "first".
+        """
+        steps = steps_of(normalizer, "normalizers")
+        self.normalizes, self.blanks = bool(steps), "never"
+        for step in steps:
+            if step == {"type": "Prepend", "prepend": BLANK}:
+                self.blanks = "each"
+            elif step != {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}:
+                raise self._refusal(
+                    f"normalizes text by {step['type']}, which is not supported here")
+        if (pre_tokenizer or {}).get("type") == "Metaspace":
+            self.blanks = pre_tokenizer.get("prepend_scheme") or (
+                "always" if pre_tokenizer.get("add_prefix_space", True) else "never")
+
+    def _read_model(self, model, pre_tokenizer):
+        """The vocabulary and its merges, as a tiktoken Encoding and tables beside it."""
+        if (kind := model.get("type") or "BPE") != "BPE":
+            raise self._refusal(f"is of type {kind}; only BPE is supported here")
+        for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(option):
+                raise self._refusal(f"uses {option}, which is not supported here")
+        split = split_name(pre_tokenizer)
+        if split not in SPLITS:
+            raise self._refusal(f"cuts text by an unknown pre-tokenizer, {split[:300]}")
+        self.over_bytes = "ByteLevel" in json.dumps(pre_tokenizer)
+        if not self.over_bytes and not model.get("byte_fallback"):
+            raise self._refusal("is BPE neither over bytes nor with byte fallback, "
+                                "and nothing else is supported here")
+        vocab = {piece: as_id(i) for piece, i in model["vocab"].items()}
+        if (split == "nothing" and not self.over_bytes
+                and not any(BLANK in piece.lstrip(BLANK) for piece in vocab)):
+            # faster, and the same ids: no piece reaches into another word
+            split = "words with all blanks before them"
+        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        merged = dict.fromkeys(
+            piece for piece in (left + right for left, right in merges) if piece in vocab)
+        if model.get("ignore_merges"):    # whole words are looked up first, as tiktoken does
+            merged |= dict.fromkeys(
+                piece for piece in vocab if len(piece) > 1 and piece not in merged)
+        ids = (byte_level_ids if self.over_bytes else sentencepiece_ids)(vocab, merged)
+        self.split, self.ids = SPLITS[split], list(ids.values())
+        self.unknown = {rank for rank, ids_of in enumerate(self.ids) if not ids_of}
+        self.encoding = tiktoken.Encoding(
+            str(self.source), pat_str=self.split, special_tokens={},
+            mergeable_ranks={piece: rank for rank, piece in enumerate(ids)})
+        self.pieces = {i: self._spelled(piece) for piece, i in vocab.items()}
+
+    def _spelled(self, piece):
+        """The bytes of text that a piece stands for."""
+        if self.over_bytes:
+            return spell_bytes(piece) if ALPHABET.issuperset(piece) else piece.encode()
+        if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(BLANK, " ").encode()
+
+    def _read_added_tokens(self, tokens):
+        """Names that stand for one token wherever they occur.
+
+        self.raw: those looked for in the text; self.normalized: in the normalized text. Each maps
+        True, with special tokens, and False, without, to {name: id}.
+        """
+        self.raw, self.normalized = ({True: {}, False: {}} for _ in range(2))
+        self.special = set()
+        for token in tokens:
+            name, i = token["content"], as_id(token["id"])
+            for flag in ("single_word", "lstrip", "rstrip"):
+                if token.get(flag):
+                    raise self._refusal(f"marks {name} as {flag}, which is not supported here")
+            names = self.raw
+            if token.get("normalized") and self.normalizes:
+                name, names = self._normalize(name), self.normalized
+            for with_special in (True, False) if not token.get("special") else (True,):
+                names[with_special][name] = i
+            self.special |= {i} if token.get("special") else set()
+            spelled = name.replace(BLANK, " ") if names is self.normalized else name
+            self.pieces[i] = spelled.encode()
+
+    def _read_template(self, post_processor):
+        """self.prefix."""
+        self.prefix = []
+        for step in steps_of(post_processor, "processors"):
+            if step["type"] == "TemplateProcessing":
+                kinds = [next(iter(part)) for part in step["single"]]
+                if kinds.count("Sequence") != 1 or kinds[-1] != "Sequence":
+                    raise self._refusal(
+                        "puts tokens behind every text, which would end it before it began")
+                self.prefix += [i for part in step["single"][:-1]
+                                for i in step["special_tokens"][part["SpecialToken"]["id"]]["ids"]]
+            elif step["type"] != "ByteLevel":        # that one moves offsets only
+                raise self._refusal(
+                    f"has the post-processor {step['type']}, which is not supported here")
+
+    def _read_decoder(self, decoder):
+        """self.strips: whether decoding drops the blank that encoding put first."""
+        self.strips = not self.over_bytes and any(
+            step["type"] == "Strip" and step.get("start") or step["type"] == "Metaspace" and
+            step.get("prepend_scheme", "always") != "never"
+            for step in steps_of(decoder, "decoders"))
+
+    def _normalize(self, text):
+        return (BLANK if self.blanks == "each" else "") + text.replace(" ", BLANK)
+
+    def encode(self, text, special=True, prefix=False):
+        """The ids of text, the same as from Hugging Face's tokenizers.
+
+        special: names of special tokens in it become those tokens; False: they are text like any
+        other. prefix: with what the template puts before a text (there: add_special_tokens).
+        """
+        ids = list(self.prefix) if prefix else []
+        for at, section in cut(text, self.raw[special]):
+            if isinstance(section, str):
+                section = self._normalize(section) if self.normalizes else section
+                for inner_at, part in cut(section, self.normalized[special]):
+                    first = at + inner_at == 0
+                    ids += self._encode(part, first) if isinstance(part, str) else [part]
+            else:
+                ids.append(section)
+        return ids
+
+    def _encode(self, text, first):
+        """The ids of text without names of tokens in it. first: it opens the whole text."""
+        if not self.over_bytes and not self.normalizes:
+            text = text.replace(" ", BLANK)
+            blank = self.blanks == "always" or self.blanks == "first" and first
+            text = BLANK + text if blank and not text.startswith(BLANK) else text
+        try:
+            ranks = self.encoding.encode_ordinary(text)
+            if not self.unknown.isdisjoint(ranks):
+                ranks = self._encode_without_unknown(text)
+        except BaseException as error:       # a Rust panic is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise InputError("the text has too many blanks in a row, hundreds of thousands; "
+                             "shorten them.") from None
+        return [i for rank in ranks for i in self.ids[rank]]
+
+    def _encode_without_unknown(self, text):
+        """The ranks of text with bytes that the vocabulary lacks.
+
+        They vanish from the pieces, not from the text: within a piece, what stood around one may
+        merge.
+        """
+        import regex  # comes with tiktoken, which has no call that only splits
+
+        known = [bytes(b for b in piece.encode() if b not in self.unknown)
+                 for piece in regex.findall(self.split, text)]
+        return [rank for piece in known if piece
+                for rank in self.encoding._encode_single_piece(piece)]
+
+    def token_bytes(self, ids, special=False):
+        """The bytes of ids as they stand inside a text. special: with names of special tokens."""
+        return b"".join(self.pieces.get(i, b"") for i in ids if special or i not in self.special)
+
+    def decode(self, ids, special=False):
+        """The text of ids, without the blank that encoding put first.
+
+        Bytes that are no UTF-8, as in half a character, become U+FFFD.
+        """
+        text = self.token_bytes(ids, special).decode("utf-8", "replace")
+        return text.removeprefix(" ") if self.strips else text
