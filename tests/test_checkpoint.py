@@ -1,0 +1,628 @@
+"""Properties of nanodmc/checkpoint.py: saving, loading and finding models, and the refusals."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import generate
+import train
+from conftest import POINTER, RETROFIT, edit_json, largest_error, oracle, refusal
+from dmc import Transformer
+from nanodmc import checkpoint
+from nanodmc.checkpoint import load, save
+from nanodmc.files import InputError
+from nanodmc.sampling import next_logits
+from nanodmc.tokenizer import Tokenizer
+from test_dmc import config_of, groups, seeds
+
+# ----------------------------------------------------------------------------------- configurations
+
+
+@pytest.mark.parametrize("bad", [
+    dict(n_kv_head=3), dict(dim=30, head_dim=None), dict(head_dim=7), dict(n_layer=0),
+    dict(window=0), dict(tau=0.0), dict(head_dim=2)])
+def test_impossible_configurations_are_refused(bad):
+    with pytest.raises(InputError) as refused:
+        checkpoint.checked_config(**{**vars(config_of()), **bad})
+    assert "\n" not in str(refused.value)
+
+
+def test_possible_configurations_stay_as_they_are():
+    for changes in (dict(), dict(head_dim=4), dict(window=None), dict(window=1), dict(dmc=False)):
+        config = config_of(**changes)
+        assert checkpoint.checked_config(**vars(config)) == config
+    values = {**vars(config_of()), "head_dim": None}
+    assert checkpoint.checked_config(**values).head_dim == values["dim"] // values["n_head"]
+
+
+# ------------------------------------------------------------------------------- saving and loading
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_save_and_load_are_bit_exact(tmp_path, tied):
+    model = Transformer(config_of((8, 2), window=None, tie_embeddings=tied))
+    save(model, tmp_path / "a", phase="solidify", cr=3.9)
+    again = load(tmp_path / "a")
+    assert again.config == model.config
+    tokens = torch.randint(0, 29, (2, 9))
+    assert torch.equal(again(tokens)[0], model(tokens)[0])
+    facts = json.loads((tmp_path / "a/config.json").read_text())
+    assert facts["dmc"] == {"method": "dmc", "window": None, "tau": 0.1, "c": 0.5,
+                            "phase": "solidify", "cr": 3.9}
+    assert facts["model_type"] == "dmc_llama"
+    assert load(tmp_path / "a", dmc=False).config.dmc is False
+
+
+@pytest.mark.parametrize("dies_in", ["save_file", "replace", "second file"])
+def test_a_kill_during_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch, dies_in):
+    old, new = Transformer(config_of()), Transformer(config_of(n_layer=1))
+    save(old, tmp_path)
+
+    def half_a_file(weights, path, metadata):
+        Path(path).write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    if dies_in == "save_file":
+        monkeypatch.setattr(checkpoint, "save_file", half_a_file)
+    elif dies_in == "replace":
+        monkeypatch.setattr(Path, "replace", die)
+    else:
+        monkeypatch.setattr(Path, "write_text", die)
+    with pytest.raises(KeyboardInterrupt):
+        save(new, tmp_path)
+    monkeypatch.undo()
+    survivor, warned = old, contextlib.nullcontext()             # whole, either way
+    if dies_in == "second file":
+        survivor, warned = new, pytest.warns(UserWarning, match="differs")
+    with warned:
+        loaded = load(tmp_path)
+    assert all(torch.equal(a, b) for a, b in
+               zip(loaded.parameters(), survivor.parameters(), strict=True))
+
+
+def checkpoint_is(folder, model):
+    loaded = load(folder)
+    return loaded.config == model.config and all(
+        torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*differs from what was saved")
+@pytest.mark.parametrize("before, after",
+                         [(0, 0), (0, 2000), (2000, 0), (2000, 2000), (2000, 1500)])
+def test_a_kill_at_any_moment_of_saving_leaves_one_whole_checkpoint(tmp_path, before, after):
+    """The process dies at each of its changes to the folder in turn. before, after: bytes per
+    shard of the old and the new checkpoint; 0: one file."""
+    torch.manual_seed(0)
+    old, new = Transformer(config_of()), Transformer(config_of(n_layer=3))
+    moments, seen = 0, set()
+    while True:
+        folder = tmp_path / str(moments)
+        save(old, folder, shard_bytes=before or 10 ** 9)
+        with pytest.MonkeyPatch.context() as patch:
+            left = iter(range(moments))
+
+            def dying(change, left=left):
+                def wrapped(*args, **kwargs):
+                    if next(left, None) is None:
+                        raise KeyboardInterrupt
+                    return change(*args, **kwargs)
+                return wrapped
+
+            patch.setattr(Path, "replace", dying(Path.replace))
+            patch.setattr(Path, "unlink", dying(Path.unlink))
+            try:
+                save(new, folder, shard_bytes=after or 10 ** 9)
+                finished = True
+            except KeyboardInterrupt:
+                finished = False
+        states = [checkpoint_is(folder, model) for model in (old, new)]
+        assert sum(states) == 1
+        seen.add(states.index(True))
+        if finished:
+            break
+        moments += 1
+    assert seen == {0, 1} and states[1] and moments >= 2
+    save(new, folder, shard_bytes=after or 10 ** 9)
+    files = {f.name for f in folder.iterdir()}
+    weights = [name for name in files if name.endswith(".safetensors")]
+    assert len(weights) == len(checkpoint.weight_files(folder))
+    assert ("model.safetensors" in files) == (after == 0)
+
+
+@pytest.mark.filterwarnings("ignore")        # of a damaged copy of the configuration
+@given(st.integers(0, 10 ** 6), st.integers(0, 255))
+def test_damaged_checkpoints_are_refused_in_a_sentence(tmp_path_factory, at, byte):
+    folder = tmp_path_factory.mktemp("damaged")
+    save(Transformer(config_of(n_layer=1)), folder)
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    header = 8 + int.from_bytes(data[:8], "little")
+    file.write_bytes(data[:at % len(data)])
+    with pytest.raises(InputError, match="truncated"):
+        load(folder)
+    if data[at % header] != byte:
+        data[at % header] = byte             # a flipped byte in the header: refused, or harmless
+        file.write_bytes(data)
+        try:
+            load(folder)
+        except InputError as error:
+            assert "\n" not in str(error)
+
+
+def test_checkpoint_of_another_shape_is_refused(tmp_path):
+    model = Transformer(config_of(n_layer=1))
+    model.lm_head = torch.nn.Linear(16, 28, bias=False)
+    save(model, tmp_path)
+    with pytest.raises(InputError, match="lm_head.weight"):
+        load(tmp_path)
+
+
+# --------------------------------------------------------------------------- transformers as oracle
+
+SCALED = st.builds(lambda f: {"rope_type": "linear", "factor": f}, st.sampled_from([2.0, 4.0]))
+LLAMA3 = st.builds(
+    lambda f, low, context: {"rope_type": "llama3", "factor": f, "low_freq_factor": low,
+                             "high_freq_factor": 4.0, "original_max_position_embeddings": context},
+    st.sampled_from([2.0, 8.0]), st.sampled_from([0.5, 1.0]), st.sampled_from([16, 64]))
+PLAIN = st.builds(
+    lambda heads, layers, head_dim, tied, theta, rope: config_of(
+        heads, n_layer=layers, head_dim=head_dim, tie_embeddings=tied, rope_theta=theta,
+        rope_scaling=rope, dmc=False, window=12),
+    groups, st.integers(1, 3), st.sampled_from([4, 8, 10]), st.booleans(),
+    st.sampled_from([100.0, 10000.0, 500000.0]), st.one_of(st.none(), SCALED, LLAMA3))
+
+
+def hugging_face_model(config, seed, dtype=torch.float32):
+    """The same shape in transformers, with weights so large that attention is far from even."""
+    transformers = oracle("transformers")
+    torch.manual_seed(seed)
+    rope = {**(config.rope_scaling or {"rope_type": "default"}), "rope_theta": config.rope_theta}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.dim, intermediate_size=config.ffn_dim,
+        head_dim=config.head_dim, num_hidden_layers=config.n_layer,
+        num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head,
+        max_position_embeddings=config.max_seq_len, rms_norm_eps=config.norm_eps,
+        tie_word_embeddings=config.tie_embeddings, rope_parameters=rope, initializer_range=0.3))
+    return model.to(dtype).eval()
+
+
+@given(PLAIN, seeds)
+@settings(max_examples=20)
+def test_logits_equal_transformers(tmp_path_factory, config, seed):
+    folder = tmp_path_factory.mktemp("hf")
+    theirs = hugging_face_model(config, seed)
+    theirs.save_pretrained(folder)
+    ours = load(folder, c=config.c)
+    assert ours.config == config
+    tokens = torch.randint(0, config.vocab_size, (2, config.max_seq_len))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        assert largest_error(ours(tokens)[0], expected) < 1e-4
+        cache, parts = ours.Cache(config, 2), tokens.split([20, 1, 30, 13], dim=1)
+        cached = torch.cat([ours(part, cache)[0] for part in parts], dim=1)
+        assert largest_error(cached, expected) < 1e-4
+        assert largest_error(next_logits(ours, tokens, None), expected[:, -1]) < 1e-4
+
+
+def test_half_precision_is_as_good_as_transformers(tmp_path):
+    ours, theirs = [], []
+    for seed in range(8):
+        model = hugging_face_model(config_of((8, 2), dmc=False), seed)
+        tokens = torch.randint(0, 29, (2, 64))
+        exact = model.double()(tokens).logits
+        model.to(torch.bfloat16).save_pretrained(tmp_path / str(seed))
+        with torch.no_grad():
+            theirs.append((model(tokens).logits - exact).norm().item())
+            ours.append((load(tmp_path / str(seed))(tokens)[0] - exact).norm().item())
+    assert sum(ours) < 1.2 * sum(theirs)
+
+
+def in_other_forms(folder, model):
+    """Folders with the same weights: in shards, pickled, pickled in shards, and with a
+    configuration in the older style."""
+    model.save_pretrained(folder / "shards", max_shard_size="10KB")
+    assert (folder / "shards/model.safetensors.index.json").is_file()
+    facts = json.loads((folder / "shards/config.json").read_text())
+    weights = model.state_dict()
+    for name in ("pickled", "pickled-shards", "old"):
+        (folder / name).mkdir()
+    torch.save(weights, folder / "pickled/pytorch_model.bin")
+    where = {name: f"pytorch_model-{1 + (i > 5)}.bin" for i, name in enumerate(weights)}
+    for file in set(where.values()):
+        part = {name: w for name, w in weights.items() if where[name] == file}
+        torch.save(part, folder / "pickled-shards" / file)
+    index = json.dumps({"weight_map": where})
+    (folder / "pickled-shards/pytorch_model.bin.index.json").write_text(index)
+    rope = facts.pop("rope_parameters")
+    theta, scaling = rope.pop("rope_theta"), {"type": rope.pop("rope_type"), **rope}
+    old = {**facts, "rope_theta": theta, "rope_scaling": scaling}
+    del old["head_dim"]
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)   # as in old ones
+    torch.save(weights, folder / "old/pytorch_model.bin")
+    newer = facts | {"rope_parameters": {**scaling, "rope_theta": theta}}
+    for name, config in (("pickled", newer), ("pickled-shards", old), ("old", old)):
+        (folder / name / "config.json").write_text(json.dumps(config))
+    return [folder / name for name in ("shards", "pickled", "pickled-shards", "old")]
+
+
+@pytest.mark.parametrize("rope", [None, {"rope_type": "linear", "factor": 2.0}])
+def test_every_layout_of_a_checkpoint_is_read(tmp_path, rope):
+    config = config_of((4, 2), head_dim=None, rope_scaling=rope, rope_theta=300.0)
+    model = hugging_face_model(config, 0)
+    tokens = torch.randint(0, 29, (1, 30))
+    expected = model(tokens).logits
+    for folder in in_other_forms(tmp_path, model):
+        assert largest_error(load(folder)(tokens)[0], expected) < 1e-4, folder
+
+
+def test_transformers_reads_a_plain_model_and_refuses_a_dmc_model(tmp_path):
+    transformers = oracle("transformers")
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16}
+    read = transformers.AutoModelForCausalLM.from_pretrained
+    for tied in (False, True):
+        plain = Transformer(config_of((8, 2), dmc=False, tie_embeddings=tied, rope_scaling=rope,
+                                      rope_theta=700.0))
+        save(plain, tmp_path / "plain", Tokenizer.bytes(), shard_bytes=20_000)
+        theirs = read(tmp_path / "plain").eval()
+        tokens = torch.randint(0, 29, (2, 40))
+        assert largest_error(plain(tokens)[0], theirs(tokens).logits) < 1e-4
+        assert theirs.config.eos_token_id == 256
+    save(Transformer(config_of((8, 2))), tmp_path / "dmc")
+    with pytest.raises((ValueError, KeyError), match="dmc_llama"):
+        read(tmp_path / "dmc")
+
+
+@given(PLAIN, st.booleans(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+       st.sampled_from([600, 3000, 5 * 10 ** 9]), seeds)
+def test_saving_and_loading_is_bit_exact(tmp_path_factory, config, decides, dtype, shard_bytes,
+                                         seed):
+    torch.manual_seed(seed)
+    model = Transformer(replace(config, dmc=decides)).to(dtype)
+    folder = tmp_path_factory.mktemp("exact")
+    save(model, folder, Tokenizer.bytes(), shard_bytes=shard_bytes)
+    again = load(folder, c=config.c)
+    assert again.config == model.config
+    ours, theirs = again.state_dict(), model.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert torch.equal(ours[name], theirs[name]) and ours[name].dtype == dtype
+    assert (again.lm_head.weight is again.embed_tokens.weight) == config.tie_embeddings
+    sizes = [f.stat().st_size for f in folder.glob("*.safetensors")]
+    largest = max(p.nbytes for p in model.parameters())
+    assert (len(sizes) > 1) == (sum(p.nbytes for p in model.parameters()) > shard_bytes)
+    assert all(size < max(shard_bytes, largest) + 4000 for size in sizes)        # and a header
+    assert load(folder, dtype=torch.float64).lm_head.weight.dtype == torch.float64
+
+
+# ----------------------------------------------------------------------------- unusable checkpoints
+
+def rewrite(folder, change, **facts):
+    """Write the weights anew, by safetensors itself, after change(weights), and put facts into
+    config.json."""
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    change(weights)
+    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_json(folder / "config.json", lambda c: c.update(facts))
+
+
+def with_header(folder, change, length=None):
+    """Put change(header) into model.safetensors, or another length before its header."""
+    data = (folder / "model.safetensors").read_bytes()
+    n = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + n])
+    change(header)
+    text = json.dumps(header).encode()
+    prefix = (len(text) if length is None else length).to_bytes(8, "little")
+    (folder / "model.safetensors").write_bytes(prefix + text + data[8 + n:])
+
+
+def no_change(value):
+    pass
+
+
+def with_length(length):
+    return lambda folder: with_header(folder, no_change, length)
+
+
+def with_norm(**facts):
+    """With another entry of the last norm in the header of model.safetensors."""
+    return lambda folder: with_header(folder, lambda header: header[NORM].update(facts))
+
+
+def with_weights(change):
+    return lambda folder: rewrite(folder, change)
+
+
+def configured(**facts):
+    return lambda folder: rewrite(folder, no_change, **facts)
+
+
+def with_config(change):
+    """The weights without their copy of config.json, and then change(path of config.json)."""
+    return lambda folder: (rewrite(folder, no_change), change(folder / "config.json"))
+
+
+def with_file(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def instead(name, write):
+    """Without model.safetensors, but with the file that write(path) makes under another name."""
+    return lambda folder: ((folder / "model.safetensors").unlink(), write(folder / name))
+
+
+def index_of(text):
+    return instead("model.safetensors.index.json", lambda path: path.write_text(text))
+
+
+def pickle_of(value):
+    return instead("pytorch_model.bin", lambda path: torch.save(value, path))
+
+
+NORM = "model.norm.weight"
+Q_BIAS = "model.layers.0.self_attn.q_proj.bias"
+BAD_CHECKPOINTS = {
+    "header length": (with_length(2 ** 62), "truncated, damaged"),
+    "header length just too large": (with_length(99_000_000), "truncated, damaged"),
+    "header length zero": (with_length(0), "truncated, damaged"),
+    "offsets beyond the file": (with_norm(data_offsets=[0, 2 ** 50]), "damaged"),
+    "offsets reversed": (lambda f: with_header(f, lambda h: h[NORM]["data_offsets"].reverse()),
+                         "damaged"),
+    "overlapping ranges": (with_norm(data_offsets=[0, 64]), "damaged"),
+    "negative offset": (with_norm(data_offsets=[-64, 0]), "damaged"),
+    "unknown dtype": (with_norm(dtype="F7"), "damaged"),
+    "another dtype": (with_norm(dtype="F16"), "damaged"),
+    "a shape of another size": (with_norm(shape=[2 ** 40]), "damaged"),
+    "integers": (with_weights(lambda w: w.update({NORM: w[NORM].int()})),
+                 "quantized.*norm.weight"),
+    "eight-bit floats": (with_weights(lambda w: w.update({NORM: w[NORM].to(torch.float8_e4m3fn)})),
+                         "quantized"),
+    "a tensor missing": (with_weights(lambda w: w.pop(NORM)), "missing: norm.weight"),
+    "a tensor too many": (with_weights(lambda w: w.update(extra=torch.ones(1))),
+                          "unexpected: extra"),
+    "a bias": (with_weights(lambda w: w.update({Q_BIAS: torch.ones(1)})), "q_proj.b"),
+    "a tensor misshapen": (with_weights(lambda w: w.update({NORM: torch.ones(3)})),
+                           r"norm.weight \(3,\), not \(16"),
+    "rows too few": (configured(vocab_size=300), "embed_tokens.weight"),
+    "layers beyond count": (configured(num_hidden_layers=10 ** 12), "too few for"),
+    "an output matrix although tied": (configured(tie_word_embeddings=True),
+                                       "ties the output matrix"),
+    "sizes enormous": (configured(hidden_size=2 ** 50, head_dim=2 ** 20), "sizes beyond"),
+    "a size negative": (configured(hidden_size=-16), "dim is -16"),
+    "a size no number": (configured(hidden_size="sixteen"), "dim is 'sixteen'"),
+    "a size missing": (with_config(lambda path: edit_json(path, lambda c: c.pop("hidden_size"))),
+                       "dim"),
+    "another architecture": (configured(model_type="gpt2"), "type gpt2"),
+    "no architecture": (configured(model_type=None), "type None"),
+    "attention bias": (configured(attention_bias=True), "attention bias"),
+    "MLP bias": (configured(mlp_bias=True), "bias in its MLP"),
+    "sliding window": (configured(sliding_window=4096), "sliding-window"),
+    "quantized": (configured(quantization_config={"quant_method": "gptq"}), "quantized"),
+    "another activation": (configured(hidden_act="gelu"), "gelu"),
+    "another rotary embedding": (configured(rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+                                 "yarn"),
+    "rotary embedding by halves": (configured(rope_scaling={"rope_type": "llama3", "factor": 4.0}),
+                                   "low_freq_factor"),
+    "part of the channels rotated": (configured(partial_rotary_factor=0.5), "partial"),
+    "another method": (configured(model_type="dmc_llama", dmc={"method": "h2o"}), "h2o"),
+    "rope_theta no number": (configured(rope_theta="large"), "rope_theta"),
+    "configuration a list": (with_config(lambda path: path.write_text("[]")),
+                             "no usable configuration"),
+    "configuration cut off": (with_config(lambda path: path.write_text('{"hid')), "damaged"),
+    "configuration missing": (with_config(lambda path: path.unlink()), "config.json is missing"),
+    "weights missing": (lambda folder: (folder / "model.safetensors").unlink(),
+                        "no model.safetensors"),
+    "an empty file": (with_file("model.safetensors", b""), "damaged"),
+    "weights a pointer": (with_file("model.safetensors", POINTER.encode()), "git lfs pull"),
+    "configuration a pointer": (with_file("config.json", POINTER.encode()), "git lfs pull"),
+    "a shard missing": (index_of('{"weight_map": {"a": "model-1.safetensors"}}'),
+                        "lacks model-1.safetensors"),
+    "an index without map": (index_of("{}"), "no index"),
+    "an index that leaves the folder": (index_of('{"weight_map": {"a": "../../secret"}}'),
+                                        "lacks secret"),
+    "pickled code": (pickle_of({"a": Transformer}), "more than weights"),
+    "pickled numbers": (pickle_of({"a": 1}), "not all of it is tensors"),
+    "no pickle": (instead("pytorch_model.bin", lambda path: path.write_bytes(b"x" * 99)),
+                  "damaged"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CHECKPOINTS)
+def test_unusable_checkpoints_are_refused_in_a_sentence(tmp_path, plain, capsys, case):
+    damage, says = BAD_CHECKPOINTS[case]
+    folder = shutil.copytree(plain, tmp_path / "model")
+    damage(folder)
+    with pytest.raises(InputError, match=says):
+        load(folder)
+    said = refusal(generate.main, ["--ckpt", str(folder), "--prompt", "x"], capsys, tmp_path)
+    assert said.startswith("generate.py: ") and said.rstrip().endswith((".", ")"))
+
+
+def peak_memory():
+    """The most memory that this process has had, in bytes, with pages of mapped files. On Linux."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("there is no /proc/self/status to read the peak memory from")
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
+
+
+def damaged(content, reach, draw):
+    """content, a bytearray, after up to four random changes to its first `reach` bytes."""
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, min(reach, len(content)) - 1))
+        kind = draw(st.sampled_from(["set", "digit", "cut", "insert", "remove"]))
+        if kind == "set":
+            content[at] = draw(st.integers(0, 255))
+        elif kind == "digit":                    # numbers are where the damage hides
+            digits = [i for i in range(reach)
+                      if i < len(content) and chr(content[i]).isdecimal()] or [at]
+            content[draw(st.sampled_from(digits))] = draw(st.sampled_from(b"0123456789-eE."))
+        elif kind == "cut":
+            del content[max(1, at):]
+            break
+        elif kind == "insert":
+            content[at:at] = draw(st.binary(min_size=1, max_size=6))
+        else:
+            del content[at:at + draw(st.integers(1, 9))]
+    return content
+
+
+@pytest.mark.filterwarnings("ignore")
+@given(st.data())
+@settings(max_examples=80)
+def test_corrupted_checkpoints_neither_crash_nor_hang_nor_allocate_wildly(tmp_path_factory, plain,
+                                                                          data):
+    """Random damage to one file: refused in one line, or harmless."""
+    folder = shutil.copytree(plain, tmp_path_factory.mktemp("corrupted") / "model")
+    names = ["model.safetensors", "config.json", "tokenizer.json"]
+    file = folder / data.draw(st.sampled_from(names))
+    content = bytearray(file.read_bytes())
+    reach = len(content)
+    if file.suffix != ".json":
+        reach = 8 + int.from_bytes(content[:8], "little") + 40
+    file.write_bytes(damaged(content, reach, data.draw))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")          # forget the peak so far
+    before, began = peak_memory(), time.monotonic()
+    for read in (load, Tokenizer.from_folder):
+        try:
+            read(folder)
+        except InputError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000
+    assert time.monotonic() - began < 10
+    assert peak_memory() - before < 3e8
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_warned_of(tmp_path, plain, value, capsys):
+    folder = shutil.copytree(plain, tmp_path / "model")
+    rewrite(folder, lambda w: w["model.layers.1.mlp.up_proj.weight"][3].fill_(value))
+    with pytest.warns(UserWarning, match=r"NaN or infinite, in layers.1.mlp.up_proj.weight;"):
+        load(folder)
+    with pytest.warns(UserWarning):
+        said = refusal(generate.main, ["--ckpt", str(folder), "--prompt", "x"], capsys, tmp_path)
+    assert "not numbers" in said
+
+
+# ----------------------------------------------------------------------------------- finding models
+
+def in_hub_cache(hub, plain, repo="meta-llama/Llama-2-7b-hf"):
+    folder = hub / ("models--" + repo.replace("/", "--"))
+    shutil.copytree(plain, folder / "snapshots/abc")
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text("abc")
+    return folder / "snapshots/abc"
+
+
+@pytest.mark.parametrize("variable, below", [
+    ("HF_HUB_CACHE", "."), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub"),
+    ("HOME", ".cache/huggingface/hub")])
+def test_models_are_found_in_hugging_faces_cache(tmp_path, monkeypatch, plain, variable, below):
+    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    expected = in_hub_cache(tmp_path / below, plain)
+    for name in ("llama2-7b", "meta-llama/Llama-2-7b-hf"):
+        assert checkpoint.locate(name) == expected
+    assert checkpoint.locate(str(plain)) == plain
+
+
+def test_models_that_are_not_there(tmp_path, monkeypatch, capsys, plain):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)          # as if it were missing
+    monkeypatch.chdir(tmp_path)
+    for main, flag in ((generate.main, "--ckpt"), (train.main, "--init")):
+        said = refusal(main, [flag, "llama2-13b"], capsys, tmp_path)
+        assert "-m pip install huggingface_hub && " in said
+        assert ("hf download meta-llama/Llama-2-13b-hf --include '*.json' '*.safetensors'") in said
+        said = refusal(main, [flag, "missing"], capsys, tmp_path)
+        assert "no folder, and no model's name" in said
+    snapshot_of = in_hub_cache(tmp_path / "hub", plain, "a/b")
+    (snapshot_of / "model.safetensors").unlink()                        # half fetched
+    said = refusal(generate.main, ["--ckpt", "a/b"], capsys, tmp_path)
+    assert "hf download a/b" in said
+    fetched = []
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(
+        snapshot_download=lambda repo, allow_patterns: fetched.append(repo) or str(plain)))
+    assert checkpoint.locate("a/b") == plain and fetched == ["a/b"]
+
+    def fails(repo, allow_patterns):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub",
+                        types.SimpleNamespace(snapshot_download=fails))
+    said = refusal(generate.main, ["--ckpt", "a/b"], capsys, tmp_path)
+    assert "ConnectionError: no route" in said
+
+
+@pytest.mark.parametrize("environment", ["env", "an env"])
+def test_the_command_that_fetches_a_model_works_as_typed(tmp_path, monkeypatch, environment):
+    """It installs into the interpreter that runs, also where that is not the one on PATH, and
+    downloads with the command that it installs there."""
+    called, binaries = tmp_path / "called", tmp_path / environment / "bin"
+    binaries.mkdir(parents=True)
+    (tmp_path / "a.json").touch()                                # which no pattern may become
+    for name in ("python", "hf"):
+        (binaries / name).write_text(
+            f'#!/bin/sh\necho {name} "$@" >> {called}\n')
+        (binaries / name).chmod(0o755)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.setattr(sys, "executable", str(binaries / "python"))
+    expected = ["python -m pip install huggingface_hub",
+                "hf download meta-llama/Llama-2-7b-hf --include *.json *.safetensors"]
+    for on_path in (False, True):
+        if on_path:
+            monkeypatch.setenv("PATH", str(binaries), prepend=os.pathsep)
+        for folder in (tmp_path, tmp_path.parent, binaries):
+            monkeypatch.chdir(folder)
+            with pytest.raises(InputError) as refused:
+                checkpoint.locate("llama2-7b")
+            command = str(refused.value).partition("fetch it with: ")[2]
+            subprocess.run(command, shell=True, check=True)
+            assert called.read_text().splitlines() == expected
+            called.unlink()
+
+
+def test_known_shapes():
+    """The parameters that the models are named for."""
+    for name, billions in (("llama2-7b", 6.74), ("llama2-13b", 13.02), ("llama2-70b", 68.98)):
+        with torch.device("meta"):
+            model = Transformer(checkpoint.shape(name))
+        count = sum(p.numel() for p in model.parameters())
+        assert count / 1e9 == pytest.approx(billions, abs=0.01)
+        assert checkpoint.shape(name) == replace(checkpoint.shape(name, dmc=True), dmc=False)
+
+
+def test_random_weights(tmp_path, monkeypatch, tiny_shape, text, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = checkpoint.random_model(checkpoint.shape("tiny"))
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    assert torch.get_default_dtype() == torch.float32
+    tiny = ["tiny", "--random-weights"]
+    assert generate.main(["--ckpt", *tiny, "--prompt", "x", "--tokens", "5"]) == 0
+    assert train.main(["--init", *tiny, "--data", text, *RETROFIT, "--out", "run"]) == 0
+    assert load("run/cr3").config.vocab_size == 300
+    capsys.readouterr()
+    said = refusal(generate.main, ["--ckpt", "huge", "--random-weights"], capsys, tmp_path)
+    assert "no shape" in said
+    said = refusal(train.main, ["--random-weights", "--data", text], capsys, tmp_path)
+    assert "--random-weights needs" in said

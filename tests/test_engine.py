@@ -1,0 +1,282 @@
+"""Properties of nanodmc/engine.py: many sequences at once get what each gets alone."""
+
+import json
+import re
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dmc
+import dmc_fast
+import generate
+from conftest import HERE, largest_error, lines_of
+from dmc import Cache, Transformer
+from nanodmc import checkpoint, sampling
+from nanodmc.engine import Engine, Request
+from nanodmc.files import InputError
+from nanodmc.tokenizer import Tokenizer
+from test_dmc import config_of, kernels, model_of, on_cpu, seeds
+
+
+def alone(model, request, stops=(), gain=None):
+    """The ids and the CR that one request gets by itself, from dmc.py."""
+    dtype = next(model.parameters()).dtype
+    reference = Transformer(model.config).to(dtype)
+    reference.load_state_dict(model.state_dict())
+    cache = Cache(model.config, 1, dtype=dtype)
+    choose = sampling.chooser(**{name: getattr(request, name) for name in sampling.SETTINGS})
+    ids = list(sampling.generate(reference, cache, request.prompt, request.count, choose, stops,
+                                 gain))
+    return ids, cache.compression_ratio
+
+
+def requests_of(seed, n, prompts=(1, 2, 15, 16, 17, 30), counts=(1, 2, 20, 33, 34)):
+    rng = np.random.default_rng(seed)
+    return [Request(rng.integers(0, 29, rng.choice(prompts)).tolist(), int(rng.choice(counts)),
+                    float(rng.choice([0, 0.5, 1.0])), int(rng.choice([0, 5])),
+                    float(rng.choice([0.8, 1.0])), int(rng.integers(100)), key=i)
+            for i in range(n)]
+
+
+def assert_nothing_is_lost(engine):
+    """All pages are free and all rows idle."""
+    pages = len(engine.cache.free)
+    assert engine.cache.left.item() == pages
+    assert sorted(engine.cache.free.tolist()) == list(range(pages))
+    assert sorted(engine.idle) == list(range(len(engine.tokens)))
+    assert not engine.cache.failed.item()
+
+
+def assert_as_alone(model, result, **kwargs):
+    ids, cr = alone(model, result.request, **kwargs)
+    assert (result.ids, result.cr) == (ids, pytest.approx(cr))
+
+
+@on_cpu
+@given(seeds, st.sampled_from([-0.5, 0.5, 1e9]), st.sampled_from([dmc, dmc_fast]),
+       st.integers(1, 4), st.sampled_from([2, 4, 5, 6, 7]), st.sampled_from([None, 3]),
+       st.booleans())
+@settings(max_examples=16)
+def test_every_request_gets_what_it_gets_alone(one_thread, seed, c, ops, rows, pages, window,
+                                               greedy):
+    """With few rows and pages, requests wait, are admitted, are preempted, or are too large. Each
+    text is the one that dmc.py makes of its request alone."""
+    model = model_of(seed % 20, (4, 1), window, ops, c=c)
+    requests, stops = requests_of(seed, 6), [seed % 29]
+    for request in requests:
+        request.temperature *= not greedy
+    engine = Engine(model, rows, 2 * pages, stops)
+    results = list(engine.run(requests))
+    assert sorted(r.request.key for r in results) == list(range(6))
+    for result in results:
+        ids, cr = alone(model, result.request, stops)
+        if result.error:        # only what might need a page more per head than there is
+            assert f"{2 * pages} pages" in result.error
+            assert len(result.request.prompt) + len(ids) >= 16 * pages - 1
+        else:
+            assert result.ids == ids and result.cr == pytest.approx(cr)
+            assert result.finish == ("length" if len(ids) == result.request.count else "stop")
+    assert_nothing_is_lost(engine)
+
+
+@on_cpu
+@pytest.mark.parametrize("c,pages", [(1e9, 8), (0.5, 6)])
+def test_a_full_pool_preempts_the_youngest(one_thread, c, pages):
+    """Two that fit one by one but not together: none is refused, and the older is never stopped."""
+    model = model_of(3, (4, 2), c=c)
+    requests = [Request([i], 60 if c > 1 else 50, 1.0, seed=i, key=i) for i in range(2)]
+    engine = Engine(model, 2, 2 * pages)
+    results = list(engine.run(requests))
+    assert engine.preempted > 0 and [r.request.key for r in results] == [0, 1]
+    for result in results:
+        assert_as_alone(model, result)
+    assert_nothing_is_lost(engine)
+
+
+@on_cpu
+def test_a_preempted_sequence_may_be_larger_than_the_pool_uncompressed(one_thread):
+    """What merges fits, though its tokens would not: its start is prefilled, and the rest is fed
+    token by token."""
+    model = model_of(0, (4, 1), c=-1e9)                          # merges everything
+    request = Request(list(range(29)) + list(range(20)), 10, 1.0, seed=1)
+    engine = Engine(model, 1, 2)
+    result, = engine.run([request])
+    assert result.ids == alone(model, request)[0] and result.cr == 58 and engine.steps > 30
+    assert_nothing_is_lost(engine)
+
+
+@on_cpu
+def test_without_decisions_the_engine_is_a_plain_one(one_thread):
+    model = model_of(4, (4, 2))
+    requests = requests_of(0, 4)
+    engine = Engine(model, 3, 40, gain=0.0)
+    for result in engine.run(requests):
+        assert (result.ids, result.cr) == (alone(model, result.request, gain=0.0)[0], 1.0)
+    plain = Engine(model, 1, 4, gain=0.0)
+    with pytest.raises(InputError, match="needs 8 pages of cache, and there are 4"):
+        plain.submit(Request([1] * 17, 5))
+
+
+@on_cpu
+def test_cancelled_requests_leave_nothing_behind(one_thread):
+    model = model_of(1, (4, 2))
+    engine = Engine(model, 2, 32)
+    requests = requests_of(5, 5, counts=(20,))
+    for request in requests:
+        engine.submit(request)
+    results = engine.step() + engine.step() + engine.step()
+    assert not results
+    assert engine.cancel(4)                                      # it waits
+    assert engine.cancel(0) and not engine.cancel(0)             # it runs, until it is cancelled
+    results = list(engine.run([]))
+    assert sorted(r.request.key for r in results) == [1, 2, 3]
+    assert all(r.ids == alone(model, r.request)[0] for r in results)
+    for request in requests:
+        engine.submit(request)
+    leaving = lambda: [seq.request.key for report in engine.pending for seq in report.asked.values()
+                       if seq not in engine.running.values()]
+    while not leaving():                                         # the last token of one is coming
+        engine.step()
+    key = leaving()[0]
+    assert engine.cancel(key) and key not in {r.request.key for r in engine.run([])}
+    assert_nothing_is_lost(engine)
+
+
+@on_cpu
+def test_what_an_engine_refuses(one_thread):
+    model = model_of(0, (4, 2))
+    engine = Engine(model, 1, 4)
+    with pytest.raises(InputError, match="3 pages for 4 heads"):
+        Engine(model, 1, 3)
+    for request, words in ((Request([], 1), "empty"),
+                           (Request([1] * 64), "64 tokens does not fit"),
+                           (Request([1] * 60, 5), "60 tokens and 5 more")):
+        result, good = engine.run([request, Request([1], 1)])
+        assert words in result.error and len(good.ids) == 1
+    with torch.no_grad():
+        model.embed_tokens.weight[7] = torch.nan
+    results = Engine(model, 2, 8).run([Request([7], 3), Request([1, 2], 3, key=1)])
+    bad, good = sorted(results, key=lambda r: r.error is None)
+    assert "not numbers" in bad.error
+    assert good.error or good.ids == alone(model, good.request)[0]
+    assert_nothing_is_lost(engine)
+
+
+@kernels
+def test_the_engine_on_kernels(one_thread):
+    """Admission, idle rows and a row that is used again, in the interpreter."""
+    torch.manual_seed(0)
+    model = Transformer(config_of((2, 1), c=0.0, n_layer=1), dmc_fast).requires_grad_(False)
+    requests = [Request([5, 6, 7][:1 + i], 3 + i % 2, 0.5 * i, seed=i, key=i) for i in range(3)]
+    engine = Engine(model, 2, 8)
+    assert engine.cache.kernels
+    for result in engine.run(requests):
+        assert_as_alone(model, result)
+    assert_nothing_is_lost(engine)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("greedy", [True, False])
+def test_graphs_replay_what_the_step_does_on_a_gpu(greedy):
+    """The engine's graphs give the same tokens as its step run eagerly, and never wait for the
+    device."""
+    torch.manual_seed(0)
+    model = Transformer(config_of((4, 2), head_dim=16), dmc_fast).cuda().bfloat16()
+    results = []
+    for eager in (False, True):
+        engine = Engine(model, 3, 60)
+
+        def step(kind, engine=engine):
+            engine.cache.seen = [1] * len(engine.cache.seen)
+            engine._step(kind)
+
+        for kind in (True, False):
+            with torch.no_grad():
+                engine.graphs[kind] = engine._capture(kind) if not eager else (
+                    types.SimpleNamespace(replay=lambda kind=kind, step=step: step(kind)))
+        requests = requests_of(1, 8)
+        for request in requests:
+            request.temperature *= not greedy
+        list(engine.run(requests))                               # compiles the prefill's kernels
+        results.append({})
+        for request in requests:
+            engine.submit(request)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            while engine.waiting or engine.running or engine.pending:
+                results[-1] |= {r.request.key: r.ids for r in engine.step()}
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert_nothing_is_lost(engine)
+    assert results[0] == results[1] and len(results[0]) == 8
+
+
+# ------------------------------------------------------------------------------------ several ranks
+
+RANK_SCRIPT = """
+import json, sys, torch
+here, folder, out, commands = sys.argv[1:]
+sys.path.insert(0, here)
+import dmc_fast, generate
+from nanodmc import parallel
+model, rank = parallel.load_part(folder, dmc_fast, dtype=torch.float32), parallel.this_rank()
+tokens, cache = torch.load(f"{out}/tokens.pt"), dmc_fast.PagedCache(model.config, 2)
+with torch.no_grad():
+    logits, alpha = model(tokens)
+    parts = (tokens[:, :30], *tokens[:, 30:].split(1, dim=1))
+    cached = torch.cat([model(part, cache)[0] for part in parts], dim=1)
+size = sum(p.numel() for p in model.parameters())
+torch.save((logits, cached, alpha, size), f"{out}/rank{rank}.pt")
+for command in json.loads(commands):
+    assert generate.main(command) == 0
+"""
+
+
+@on_cpu
+def test_two_ranks_are_one_model(tmp_path, one_thread, capsys):
+    """A model split between two processes gives the logits, decisions, texts and CR of the whole
+    one, also when pages run out."""
+    whole, prompts = model_of(3, (4, 2), vocab_size=257), tmp_path / "prompts.jsonl"
+    with torch.no_grad():
+        for layer in whole.layers:       # so the second rank's heads merge nothing
+            layer.self_attn.k_proj.weight[whole.config.head_dim] *= 0
+    checkpoint.save(whole, tmp_path / "model", Tokenizer.bytes())
+    prompts.write_text("".join(json.dumps({"prompt": f"{i} times", "seed": i, "temperature": i % 2,
+                                           "tokens": 16 + i}) + "\n" for i in range(5)))
+    flags = ["--ckpt", str(tmp_path / "model"), "--prompt", "2 times", "--tokens", "20"]
+    many = [*flags, "--prompts", str(prompts), "--batch", "3", "--cache-gb"]
+    commands = [[*flags, "--temperature", "0"], [*flags, "--temperature", "1", "--samples", "2"]]
+    tokens = torch.randint(0, 257, (2, 40), generator=torch.Generator().manual_seed(0))
+    torch.save(tokens, tmp_path / "tokens.pt")
+    (tmp_path / "rank.py").write_text(RANK_SCRIPT)
+    seven_pages = [*many, "1.6e-5", "--out", str(tmp_path / "two.jsonl")]     # for 2 heads
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         tmp_path / "rank.py", HERE, tmp_path / "model", tmp_path,
+         json.dumps([*commands, seven_pages])], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    for command in (*commands, [*many, "1", "--out", str(tmp_path / "one.jsonl")]):
+        assert generate.main(command) == 0
+    shown, ours = run.stdout.splitlines(), capsys.readouterr().out.splitlines()
+    assert shown[:-3] == ours[:-3] and "CR per layer" in run.stdout
+    assert not re.search(" 0 preempted", shown[-2])
+    one, two = (lines_of(tmp_path / f"{name}.jsonl") for name in ("one", "two"))
+    assert two == one and len(one) == 5
+    whole.float()
+    with torch.no_grad():
+        expected, decided = whole(tokens)
+    parts = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    shared = sum(p.numel() for p in whole.layers.parameters() if p.dim() > 1)
+    for logits, cached, _, count in parts:
+        assert largest_error(logits, expected) < 1e-5 and largest_error(cached, expected) < 1e-5
+        assert 2 * (sum(p.numel() for p in whole.parameters()) - count) == shared
+    assert torch.equal(parts[0][0], parts[1][0]) and torch.equal(parts[0][1], parts[1][1])
+    assert torch.equal(torch.cat([parts[0][2], parts[1][2]], dim=2), decided)
+    assert 0 < decided.mean() < 1

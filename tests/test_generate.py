@@ -1,0 +1,138 @@
+"""Properties of the command generate.py."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+import generate
+from conftest import refusal
+from nanodmc import checkpoint
+from test_dmc import both, model_of, seeds
+
+
+def test_generate_command(finished, capsys):
+    outputs = []
+    for extra in ([], [], ["--seed", "1"], ["--cache", "full"]):
+        arguments = ["--ckpt", str(finished), "--prompt", "3 tim", "--samples", "2",
+                     "--temperature", "1.5", *extra]
+        assert generate.main(arguments) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
+    assert outputs[0].startswith(str(finished / "cr3")) and outputs[0].count("CR per layer") == 2
+    assert "never trained to attend without" in outputs[3] and "nothing merged" in outputs[3]
+    plain = ["--ckpt", str(finished / "control"), "--prompt", "3", "--tokens", "2"]
+    assert generate.main([*plain, "--cache", "full"]) == 0
+    assert "plain model" in capsys.readouterr().out
+    merges = ["--ckpt", str(finished / "cr2"), "--prompt", "3 times 4", "--show-merges", "0.0"]
+    assert generate.main(merges) == 0
+    shown = capsys.readouterr().out
+    assert "layer 0, head 0: 9 tokens" in shown
+    assert shown.splitlines()[-1].replace("|", "") == "3 times 4"
+
+
+def test_both_ops_generate_the_same(finished, capsys):
+    outputs = []
+    for ops in ("fast", "reference"):
+        assert generate.main(["--ckpt", str(finished), "--prompt", "3 times", "--ops", ops]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+
+
+def test_a_prompt_from_a_file(finished, capsys, tmp_path):
+    (tmp_path / "prompt").write_text("3 times\n")
+    outputs = []
+    for flags in (["--prompt", "3 times\n"], ["--prompt-file", str(tmp_path / "prompt")]):
+        assert generate.main(["--ckpt", str(finished), *flags]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+
+
+@both
+@given(seeds)
+@settings(max_examples=5)
+def test_the_report_counts_slots_and_fits_a_terminal(ops, seed):
+    """Of 30 layers too: every line within 80 columns, and the CR of every layer in it."""
+    model = model_of(seed, (4, 2), n_layer=30, ops=ops)
+    cache = model.Cache(model.config, 3, dtype=torch.float64)
+    model(torch.randint(0, 29, (3, 40)), cache)
+    slots, tokens = cache.lengths.sum((1, 2)).tolist(), 40 * 3 * 2
+    assert sum(slots) < 30 * tokens
+    report = generate.cache_report(cache)
+    assert max(map(len, report.splitlines())) <= 80
+    assert f"40 tokens; {sum(slots):,} slots" in report and f"{30 * tokens:,}: CR " in report
+    assert f"CR {30 * tokens / sum(slots):.2f}\n" in report
+    found = re.findall(r"\b(\d+): (\d+\.\d\d)", report.partition("CR per layer")[2])
+    assert found == [(str(i), f"{tokens / n:.2f}") for i, n in enumerate(slots)]
+    used, full = (2 * 8 * 8 * n for n in (sum(slots), 30 * tokens))
+    assert f"{used:,} used, {full:,} uncompressed" in report
+
+
+def test_the_report_says_so_where_nothing_merged():
+    model = model_of(0, (4, 2), dmc=False)
+    cache = model.Cache(model.config, 1, dtype=torch.float64)
+    model(torch.randint(0, 29, (1, 40)), cache)
+    report = generate.cache_report(cache)
+    slots = 2 * 2 * 40
+    assert report == (f"40 tokens; {slots} slots, {slots * 2 * 8 * 8:,} bytes of cache, "
+                      "nothing merged")
+
+
+# ----------------------------------------------------------------------------------------- refusals
+
+BAD_GENERATE = {
+    "no such checkpoint": ["--ckpt", "missing"],
+    "an empty folder": ["--ckpt", "."],
+    "truncated": ["--ckpt", "truncated"],
+    "no head": ["--show-merges", "9.9"],
+    "no head number": ["--show-merges", "a"],
+    "prompt too long": ["--prompt", "x" * 17],
+    "too many tokens": ["--prompt", "x", "--tokens", "16"],
+    "empty prompt": ["--prompt", ""],
+    "negative temperature": ["--temperature", "-1"],
+    "top-p above 1": ["--top-p", "2"],
+    "no prompt file": ["--prompt-file", "missing"],
+    "not a number": ["--tokens", "few"],
+    "unknown cache": ["--cache", "tiny"],
+    "prompts without out": ["--prompts", "short"],
+    "no prompts": ["--prompts", "missing", "--out", "results"],
+    "results to a folder": ["--prompts", "short", "--out", "truncated"],
+    "results below a file": ["--prompts", "short", "--out", "short/results"],
+    "results over the prompts": ["--prompts", "short", "--out", "short"],
+    "results over something else": ["--prompts", "short", "--out", "binary"],
+    "no profile": ["--prompts", "short", "--out", "results", "--profile", "short/profile"],
+    "no GPU": ["--device", "cuda"],
+    "a benchmark too short": ["--bench", "--tokens", "4"],
+    "a benchmark too long": ["--bench", "--prompt-tokens", "9000"],
+    "a benchmark to a folder": ["--bench", "--out", "truncated"],
+    "a benchmark that does not fit": ["--bench", "--prompt-tokens", "8", "--tokens", "16",
+                                      "--cache-gb", "1e-6"],
+    "an unknown shape": ["--bench", "--model", "gpt5"],
+    "a pool too small for one page": ["--prompts", "short", "--out", "results",
+                                      "--cache-gb", "1e-9"],
+}
+
+
+@pytest.mark.parametrize("case", BAD_GENERATE)
+def test_generate_refuses(case, messy_folder, capsys, finished):
+    if case == "no GPU" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    flags = BAD_GENERATE[case]
+    given_checkpoint = [] if "--ckpt" in flags else ["--ckpt", str(finished)]
+    said = refusal(generate.main, [*given_checkpoint, *flags], capsys, messy_folder)
+    assert said.startswith("generate.py: ")
+
+
+@pytest.mark.parametrize("ranks, flags, words", [
+    ("4", [], "4 ranks cannot share 2 key-value heads"),
+    ("2", ["--show-merges", "0.0"], "--show-merges looks at all heads"),
+    ("2", ["--ckpt", "uneven", "--random-weights"],
+     "2 ranks cannot share 25 columns of the MLPs (ffn_dim)")])
+def test_what_ranks_refuse(ranks, flags, words, tmp_path, plain, monkeypatch, tiny_shape, capsys):
+    uneven = {**checkpoint.SHAPES["tiny"], "ffn_dim": 25}
+    monkeypatch.setitem(checkpoint.SHAPES, "uneven", uneven)
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    monkeypatch.setenv("RANK", "0")
+    arguments = ["--ckpt", str(plain), "--device", "cpu", *flags]
+    assert words in refusal(generate.main, arguments, capsys, tmp_path)

@@ -1,0 +1,124 @@
+"""The decode step over pages, the kernels that attend; what caches count, and what they refuse."""
+
+import pytest
+import torch
+from hypothesis import given
+
+import dmc_fast
+from test_dmc import (
+    assert_as_good,
+    config_of,
+    kernels,
+    lengths,
+    on_cpu,
+    poisoned,  # noqa: F401
+    qkv,
+    seeds,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")       # faster for tiny tensors
+
+
+def paged(lengths, page, D, dtype):
+    """Random keys and values of rows with so many slots: pools (pages + 1, page, D), and the table.
+
+    No page is where one would expect it, and what is not in use is NaN.
+    """
+    pages, rng = -(-lengths // page), torch.Generator(lengths.device).manual_seed(0)
+    total, device = int(pages.sum()), lengths.device
+    nth = torch.arange(int(pages.max()) + 1, device=device)
+    order = torch.randperm(total, generator=rng, device=device).int()
+    at = (pages.cumsum(0) - pages)[:, None] + nth
+    table = torch.where(nth < pages[:, None], order[at.clamp(max=total - 1)], total)
+    pools = [torch.randn(total + 1, page, D, generator=rng, device=device, dtype=dtype)
+             for _ in range(2)]
+    last = table.gather(1, (pages[:, None] - 1).clamp(min=0).long())[:, 0]
+    slots = ((pages - 1) * page)[:, None] + torch.arange(page, device=device)    # of the last page
+    unused = (slots >= lengths[:, None])[..., None]
+    for pool in pools:
+        pool[last] = torch.where(unused, torch.nan, pool[last])
+        pool[total] = torch.nan
+    return *pools, table
+
+
+def check_decode(lengths, R, D, page, splits, dtype):
+    """Against padded attention, in two orders of the rows, which must give the same bits."""
+    lengths, device = lengths.int(), lengths.device
+    pool_k, pool_v, table = paged(lengths, page, D, dtype)
+    rng = torch.Generator(device).manual_seed(1)
+    q = torch.randn(len(lengths), R, D, generator=rng, device=device).to(dtype)
+    used = torch.arange(table.size(1) * page, device=device) < lengths[:, None]
+    plain, exact = [], []
+    for wide, out in ((dtype, plain), (torch.float64, exact)):
+        k, v = (pool[table].flatten(1, 2).to(wide).nan_to_num() for pool in (pool_k, pool_v))
+        scores = (q.to(wide) @ k.mT / D ** 0.5).masked_fill(~used[:, None], -torch.inf)
+        out.append(scores.softmax(-1).nan_to_num() @ v)
+    orders = lengths.argsort(descending=True), torch.arange(len(lengths), device=device)
+    results = [dmc_fast.decode(q, pool_k, pool_v, table, lengths, order.int(), splits)
+               for order in orders]
+    assert_as_good(results[:1], plain, exact)
+    assert torch.equal(*results) and (results[0][lengths == 0] == 0).all()
+
+
+@kernels
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("R,D,page,splits,dtype", [
+    (1, 128, 16, 1, torch.float32), (3, 64, 32, 3, torch.float32), (4, 64, 16, 2, torch.float16),
+    (8, 64, 64, 1, torch.float16)])
+def test_ragged_decode_kernel(R, D, page, splits, dtype):
+    """In fp16 for want of bf16, whose products the interpreter gets wrong."""
+    ragged = torch.tensor([0, 1, page - 1, page, page + 1, 3 * page + 5])
+    check_decode(ragged, R, D, page, splits, dtype)
+
+
+# ---------------------------------------------------------------------------- what both caches have
+
+@on_cpu
+@given(seeds, lengths)
+def test_cache_counts_slots_and_bytes(seed, T):
+    config = config_of((8, 2), n_layer=1)
+    q, k, v, alpha, omega = (x.float() for x in qkv(seed, (8, 2), T))
+    cache = dmc_fast.PaddedCache(config, 2)
+    assert cache.compression_ratio == 1.0 and cache.bytes.used == 0
+    cache.attend(0, q, k, v, alpha, omega)
+    slots = (1 - alpha).sum().item()
+    assert cache.compression_ratio == pytest.approx(alpha.numel() / slots)
+    assert cache.bytes.used == slots * 2 * 8 * 4
+    longest = (1 - alpha).sum(-1).max().item() if T > 1 else 32      # one token makes room for more
+    state = 2 * 2 * 12 * (2 * 8 + 1) * 4       # k, v, omega of the last 12 tokens, B = G = 2
+    assert cache.bytes.allocated == 2 * 2 * longest * 2 * 8 * 4 + state
+    for _ in range(5):
+        cache.attend(0, *(x[:, :, -1:] for x in (q, k, v, alpha, omega)))
+    assert cache.bytes.used <= cache.bytes.allocated - state
+
+
+@on_cpu
+def test_a_cache_is_paged_where_pages_are_asked_for():
+    assert isinstance(dmc_fast.Cache(config_of(), 1), dmc_fast.PaddedCache)
+    cache = dmc_fast.Cache(config_of(), 1, page_size=32, pages=9)
+    assert isinstance(cache, dmc_fast.PagedCache)
+    assert cache.page_size == 32 and len(cache.free) == 9
+    fixed = sum(x.nbytes for x in (cache.table, *cache.open.tensors()))
+    pool = 2 * (9 + 1) * 32 * 8 * 4            # k and v, 9 pages and the spare one, 8 channels
+    assert cache.bytes.allocated == pool + 9 * 4 + fixed and cache.bytes.used == 0
+
+
+@on_cpu
+@pytest.mark.parametrize("make", [dmc_fast.PaddedCache, dmc_fast.PagedCache])
+def test_what_a_cache_refuses(make):
+    q, k, v, alpha, omega = (x.float() for x in qkv(0, (4, 4), 70))
+    short = [x[:, :, :10] for x in (q, k, v)]
+    cache = make(config_of(), 2)
+    with pytest.raises(ValueError, match="70 tokens do not fit the model's 64 positions"):
+        cache.attend(0, q, k, v, alpha, omega)
+    cache.attend(0, *short)
+    with pytest.raises(ValueError, match="in every call or in none"):
+        cache.attend(0, *short, alpha[..., :10], omega[..., :10])
+    with pytest.raises(ValueError, match="80 tokens do not fit"):
+        cache.attend(0, q, k, v)
+
+
+@pytest.mark.parametrize("size", [0, 8, 48, 128])
+def test_pages_of_other_sizes_are_refused(size):
+    with pytest.raises(ValueError, match=f"page_size is {size}; choose 16, 32 or 64"):
+        dmc_fast.PagedCache(config_of(), 1, page_size=size)

@@ -1,0 +1,59 @@
+"""Properties of nanodmc/plots.py: every picture is drawn, or it is said why not."""
+
+import json
+import shutil
+import sys
+
+import pytest
+
+import train
+from conftest import oracle, refusal
+from nanodmc import plots
+
+pytestmark = pytest.mark.usefixtures("one_thread")       # faster for tiny models
+
+
+def is_picture(path):
+    content = path.read_bytes()
+    return content.startswith(b"\x89PNG") and len(content) > 10_000
+
+
+def test_runs_are_drawn(finished, tmp_path, capsys):
+    oracle("matplotlib")
+    for name in ("one", "two"):
+        shutil.copytree(finished, tmp_path / name)
+    assert train.main(["--plot", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    picture = (tmp_path / "one/plot.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
+    assert not (tmp_path / "two/plot.png").exists()
+    (tmp_path / "two/metrics.jsonl").write_text("")
+    told = refusal(train.main, ["--plot", str(tmp_path / "two")], capsys, tmp_path)
+    assert "no step with decisions" in told
+
+
+def test_a_finished_run_is_drawn_as_loss_against_memory(finished, tmp_path):
+    oracle("matplotlib")
+    run = shutil.copytree(finished, tmp_path / "run")
+    assert train.main(["--plot", str(run)]) == 0
+    assert is_picture(run / "memory.png")
+    (run / "memory.png").unlink()
+    (run / "summary.json").unlink()                  # not finished yet
+    assert train.main(["--plot", str(run)]) == 0
+    assert (run / "plot.png").exists() and not (run / "memory.png").exists()
+
+
+def test_loss_against_memory_needs_no_control(finished, tmp_path):
+    """A given model is its own baseline where no control was trained beside it."""
+    oracle("matplotlib")
+    facts = json.loads((finished / "summary.json").read_text())
+    for name in ("with", "without"):
+        plots.plot_memory(facts, tmp_path / f"{name}.png")
+        assert is_picture(tmp_path / f"{name}.png")
+        facts.pop("control", None)
+    assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()
+
+
+def test_a_plot_without_its_library(finished, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    told = refusal(train.main, ["--plot", str(finished)], capsys, tmp_path)
+    assert "pip install matplotlib" in told

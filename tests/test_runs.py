@@ -1,0 +1,264 @@
+"""Properties of nanodmc/runs.py: a run survives any interruption, and shows what it does."""
+
+import contextlib
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train
+from conftest import (
+    HERE,
+    LEAN,
+    SHORT,
+    TINY,
+    PowerCut,
+    before_step,
+    curve,
+    dies,
+    interrupted,
+    refusal,
+    single_threaded,
+    summary,
+)
+from dmc import Config
+from nanodmc import runs
+from nanodmc.checkpoint import SHAPES, load
+
+pytestmark = pytest.mark.usefixtures("one_thread")       # faster for tiny models
+
+
+def break_model(model):
+    model.norm.weight.data.fill_(math.nan)
+
+
+def same_weights(run, other, folder="cr3"):
+    ours, theirs = (load(path / folder).state_dict() for path in (run, other))
+    return all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+# ------------------------------------------------------------------------------------ interruptions
+
+@given(died_at=st.integers(0, 30), again_at=st.integers(0, 30))
+@settings(max_examples=4)
+def test_resume_is_bit_identical(tmp_path_factory, finished, text, died_at, again_at):
+    """Die before any step, twice; the curve, the weights and the table come out as if nothing had
+    happened."""
+    out = tmp_path_factory.mktemp("killed") / "run"
+    arguments = ["--out", str(out)]
+    for at in (died_at, again_at):
+        more = ["--resume"] if out.exists() else ["--data", text, *TINY]
+        with before_step(at, dies), contextlib.suppress(PowerCut):
+            train.main([*arguments, *more])
+    assert train.main([*arguments, "--resume"]) == 0
+    assert curve(out) == curve(finished)
+    ours, theirs = summary(out), summary(finished)
+    for key in ("pretrained", "control", "dmc"):
+        assert ours[key] == theirs[key]
+    assert same_weights(out, finished)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_process_resumes(tmp_path, finished, text, signal_number):
+    out, delay = tmp_path / "run", np.random.default_rng().uniform(0, 1.5)
+    command = [sys.executable, HERE / "train.py", "--out", out, "--data", text, *TINY]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (out / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(signal_number)
+    printed = process.communicate(timeout=60)[0]
+    finished_before = (out / "summary.json").exists()
+    if signal_number == signal.SIGTERM and not finished_before:
+        assert process.returncode == 130 and f"train.py --resume --out {out}" in printed
+    assert train.main(["--out", str(out), "--resume"]) == 0
+    assert curve(out) == curve(finished), f"{delay} s after the start"
+
+
+SAVING_STOPS = {"before the tensors": (dcp, "save", False),
+                "behind the tensors": (dcp, "save", True),
+                "before the old one goes": (shutil, "rmtree", False),
+                "behind it": (shutil, "rmtree", True)}
+
+
+@pytest.mark.parametrize("moment", SAVING_STOPS)
+def test_a_kill_while_saving_leaves_a_whole_state(tmp_path, finished, text, moment):
+    """The second state of a phase, so that there is an old one."""
+    module, name, behind = SAVING_STOPS[moment]
+    out, calls, real = tmp_path / "run", iter(range(100)), getattr(module, name)
+
+    def cut(*args, **kwargs):
+        last = next(calls) == (2 if name == "save" else 0)
+        result = real(*args, **kwargs) if behind or not last else None
+        return dies() if last else result
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
+        patch.setattr(module, name, cut)
+        train.main(["--out", str(out), "--data", text, *TINY, "--save-every", "2"])
+    assert train.main(["--out", str(out), "--resume", "--save-every", "4"]) == 0
+    assert curve(out) == curve(finished) and not list(out.glob("state-*"))
+
+
+def test_no_number_for_a_loss_stops_the_run_and_keeps_the_state(tmp_path, finished, text, capsys):
+    assert interrupted(tmp_path / "first", text, break_model, at=0) == 2
+    assert "before step 0 of pretrain" in capsys.readouterr().err
+    out = tmp_path / "run"
+    assert interrupted(out, text, break_model) == 2
+    said = capsys.readouterr().err
+    assert "the loss is nan" in said and "step 5 of pretrain, batch 5" in said
+    assert "before step 4 of pretrain" in said
+    assert train.main(["--out", str(out), "--resume"]) == 0
+    assert curve(out) == curve(finished)
+
+
+def test_resume_may_lower_the_learning_rate(tmp_path, text):
+    out = tmp_path / "run"
+    assert interrupted(out, text, break_model) == 2
+    assert train.main(["--out", str(out), "--resume", "--lr", "1e-4"]) == 0
+    assert json.loads((out / "run.json").read_text())["settings"]["lr"] == 1e-4
+    assert {e["lr"] for e in curve(out) if e["phase"] == "retrofit"} == {5e-5, 1e-4}
+
+
+def test_resume_says_where_it_goes_on(tmp_path, finished, text, capsys):
+    """The first words of it, so that nobody waits in doubt."""
+    out = tmp_path / "run"
+    with pytest.raises(PowerCut):
+        interrupted(out, text, dies, at=13)          # pretrain 6, free 3, and 4 of retrofit
+    capsys.readouterr()
+    assert train.main(["--out", str(out), "--resume"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{out} goes on in retrofit at step 5 of 5" in " ".join(shown.split())
+    assert shown.index("goes on") < shown.index("loss")
+    with pytest.raises(PowerCut):
+        interrupted(tmp_path / "new", text, dies, at=1)           # before there was a state
+    capsys.readouterr()
+    assert train.main(["--out", str(tmp_path / "new"), "--resume"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{tmp_path / 'new'} goes on in pretrain at step 1 of 6" in shown
+
+
+def test_a_full_disk_while_saving_keeps_the_state(tmp_path, finished, text, capsys):
+    """No file may grow beyond 20 KB, less than a state: the kernel refuses, as on a full disk."""
+    out, (soft, hard) = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    fill = lambda model: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        code = interrupted(out, text, fill, ["--save-every", "2"], at=3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err
+    assert code == 2 and "cannot be written" in said and "File too large" in said
+    assert "Traceback" not in said
+    assert json.loads((out / "state.json").read_text())["step"] == 2
+    folders = [folder.name for folder in out.glob("state-*")]
+    assert folders == ["state-0-2"]                  # what did not fit makes room
+    assert train.main(["--out", str(out), "--resume", "--save-every", "4"]) == 0
+    assert curve(out) == curve(finished)
+
+
+def test_a_scheduler_stops_a_run_between_two_passes(tmp_path, text, capsys):
+    """In bf16, where the noise of the rounding comes out the same too."""
+    whole, out, calls, batch = tmp_path / "whole", tmp_path / "run", iter(range(100)), train.batch
+    arguments = ["--data", text, *TINY, *SHORT, *LEAN]
+    with single_threaded():
+        assert train.main(["--out", str(whole), *arguments]) == 0
+
+    def asked(*args):
+        if next(calls) == 12:                     # the first half of the retrofit's step 1
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(*args)
+
+    with pytest.MonkeyPatch.context() as patch, single_threaded():
+        patch.setattr(train, "batch", asked)
+        assert train.main(["--out", str(out), *arguments]) == 130
+    assert f"--resume --out {out}" in capsys.readouterr().out
+    state = json.loads((out / "state.json").read_text())
+    assert (state["phase"], state["step"]) == (2, 1)
+    assert train.main(["--out", str(out), "--resume"]) == 0
+    assert curve(out) == curve(whole) and same_weights(out, whole)
+
+
+def test_train_refuses_to_touch_another_run(finished, text, capsys):
+    told = lambda *arguments: refusal(train.main, ["--out", str(finished), *arguments], capsys,
+                                      finished)
+    assert "already holds a run" in told("--data", text, *TINY)
+    assert "--cr was 3" in told("--resume", "--cr", "2")
+    assert "without a control" in told("--resume", "--solidify", "3")
+
+
+def test_resume_refuses_other_text_and_damaged_state(tmp_path, text, capsys):
+    out = tmp_path / "run"
+    with pytest.raises(PowerCut):
+        interrupted(out, text, dies)
+    capsys.readouterr()
+    told = lambda: refusal(train.main, ["--out", str(out), "--resume"], capsys, out)
+    for tensors in out.glob("state-*/*.distcp"):
+        tensors.write_bytes(tensors.read_bytes()[:50])
+    assert "damaged" in told()
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**record, "text": "another"}))
+    assert "text" in told()
+    (out / "run.json").write_text("{")
+    assert "damaged" in told()
+
+
+# ------------------------------------------------------------------------------- what a run records
+
+def test_metrics_have_what_a_plot_needs(finished):
+    entries = list(map(json.loads, (finished / "metrics.jsonl").read_text().splitlines()))
+    assert all(e["tokens_per_second"] > 0 and e["peak_gb"] > 0.01 and e["mfu"] is None
+               for e in entries)
+    heads = [e for e in entries if "heads" in e]
+    assert {e["phase"] for e in heads} == {"retrofit", "solidify"} and len(heads) >= 5
+    for e in heads:
+        assert 1 / np.mean(1 / np.array(e["heads"])) == pytest.approx(e["cr"], abs=0.01)
+        assert np.shape(e["heads"]) == (1, 1)
+
+
+def test_model_flops(monkeypatch):
+    """Of Llama 2 7B at 4,096 tokens: 6 for each of 6.74 billion parameters, and 12 L dim T / 2."""
+    config = Config(**SHAPES["llama2-7b"])
+    attention = 12 * 32 * 4096 * 4096 // 2
+    assert runs.flops_per_token(config, 4096) == 6 * 6738415616 + attention
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert runs.flops_share(0.4 * 989e12) == 0.4
+
+
+# --------------------------------------------------------------------------------- what a run shows
+
+def test_a_run_opens_with_what_it_is_about(finished_run, text):
+    """Folder; model and its size; text; phases and steps: before the first line of figures."""
+    opening = finished_run.printed[:finished_run.printed.index("tokens/s")]
+    words = " ".join(opening.split())
+    size = sum(p.numel() for p in load(finished_run.out / "pretrained").parameters())
+    for part in ("run finished", "1 layers", "2 heads", f"{size:,} parameters",
+                 Path(text).name, "pretrain 6", "free 3", "retrofit 5", "solidify 2 6",
+                 "solidify 3 3", "control 11", "34 steps", "memory plan"):
+        assert part in words, part
+
+
+def test_the_first_figures_come_after_the_first_step(finished_run):
+    """Of each sitting, not after --log-every steps; and the last step of a phase has a line too."""
+    shown = [line.split() for line in finished_run.printed.splitlines()]
+    steps = [line[1] for line in shown if line and line[0] == "pretrain" and "/" in line[1]]
+    assert steps == ["1/6", "3/6", "6/6"]
+
+
+def test_no_line_is_wider_than_a_terminal(finished_run):
+    lines = finished_run.printed.splitlines()
+    assert len(lines) > 20 and max(map(len, lines)) <= 80
+    figures = [line for line in lines if "/" in line[:24] and "e-0" in line]
+    assert len(figures) > 10 and max(map(len, figures)) <= 79

@@ -1,0 +1,77 @@
+"""Properties of nanodmc/tables.py: what a run shows fits a terminal, at any size of run."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanodmc.settings import PRESETS, Settings, plan
+from nanodmc.tables import LOG_HEAD, duration, heat_map, log_line, table
+
+
+@given(st.sampled_from(sorted(PRESETS)), st.integers(0, 5), st.floats(0, 1), st.floats(1, 64),
+       st.floats(1e-4, 20), st.floats(10, 9e5), st.floats(0.01, 700), st.floats(0, 3e7))
+def test_a_log_line_fits_a_terminal(preset, phase, share, cr, loss, speed, gigabytes, left):
+    """Of the largest runs too, and its columns stay below their names."""
+    phase = plan(Settings(**PRESETS[preset]))[phase]
+    step = int(share * (phase.steps - 1))
+    entry = {"step": step, "target_cr": phase.target(step), "cr": cr if phase.cr else None,
+             "lr": phase.learning_rate(step, 10), "mfu": share, "peak_gb": gigabytes,
+             "tokens_per_second": round(speed)}
+    for seconds in (left, None):
+        line = log_line(phase, entry, loss, seconds)
+        assert len(line) == len(LOG_HEAD) <= 79
+        words = line.removeprefix(phase.title).split()
+        assert words[0] == f"{step + 1}/{phase.steps}" and words[1] == f"{loss:.4f}"
+        assert words[-1] == duration(seconds) and f" {round(speed):,} " in line
+
+
+def test_durations():
+    assert [duration(x) for x in (None, 0.0, 59.9, 245, 3600, 14700, 2 * 86400 + 3600 * 5)] == [
+        "-", "0:00", "0:59", "4:05", "1h00m", "4h05m", "2d05h"]
+
+
+def ratios(layers, heads, start=1.0):
+    """CRs from start on, 0.1 more for each head."""
+    return [[start + 0.1 * (i * heads + h) for h in range(heads)] for i in range(layers)]
+
+
+@pytest.mark.parametrize("layers,heads", [(1, 1), (3, 4), (12, 8), (30, 3), (32, 32), (40, 40),
+                                          (80, 8), (13, 5)])
+def test_a_heat_map_of_any_size_fits_a_terminal_and_has_every_head(layers, heads):
+    plain = heat_map([[1.0] * heads] * layers)
+    assert max(map(len, plain.splitlines())) <= 80
+    for layer in {0, 1, layers // 2, layers - 1} & set(range(layers)):
+        for head in range(heads):
+            changed = [[16.0 if (i, h) == (layer, head) else 1.0 for h in range(heads)]
+                       for i in range(layers)]
+            shown = heat_map(changed)
+            assert shown != plain and "█" in "".join(shown.splitlines()[2:])
+            assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_a_heat_map_of_few_heads_has_their_figures():
+    shown = heat_map(ratios(30, 3))
+    assert all(f"{cr:.1f}" in shown for row in ratios(30, 3) for cr in row)
+    layers = [int(word) for line in shown.splitlines()[3:] for word in line.split()
+              if word.isdecimal()]
+    assert sorted(layers) == list(range(30))
+
+
+def test_a_heat_map_of_the_laptop_stays_as_it_was():
+    assert heat_map([[1.0, 2.0], [4.0, 16.5]]).splitlines() == [
+        "", "CR of each layer and head (shades: 1, 2, 4, 8, 16 and more)",
+        "layer    head 0   head 1",
+        "    0       1.0 ░░   2.0",
+        "    1  ▒▒   4.0 ██  16.5"]
+
+
+def test_the_table_says_how_far_each_model_is_from_its_baseline():
+    entry = {"target": 2.0, "cr": 2.25, "loss": 1.5, "heads": [[2.25]], "pooling": 3.0}
+    facts = {"unit": "byte", "pretrained": 1.75, "dmc": [entry]}
+    rows = [line.split() for line in table(facts).splitlines()[2:]]
+    assert rows[0][-3:] == ["1.00", "1.7500", "+0.0000"]
+    assert rows[1] == ["DMC", "2x", "2.25", "1.5000", "-0.2500"]
+    assert rows[2][-3:] == ["2.00", "3.0000", "+1.2500"]
+    rows = [line.split() for line in table({**facts, "control": 1.25}).splitlines()[2:]]
+    assert [row[-1] for row in rows] == ["+0.5000", "+0.0000", "+0.2500", "+1.7500"]
+    assert max(map(len, table({**facts, "control": 1.25}).splitlines())) <= 80

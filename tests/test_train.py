@@ -1,0 +1,252 @@
+"""Properties of train.py: the command, its steps, and what it makes of a model that is given."""
+
+import contextlib
+import json
+import math
+import shutil
+from dataclasses import asdict, fields, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import generate
+import train
+from conftest import (
+    HERE,
+    LEAN,
+    POINTER,
+    RETROFIT,
+    TINY,
+    PowerCut,
+    before_step,
+    curve,
+    dies,
+    edit_json,
+    refusal,
+    single_threaded,
+    snapshot,
+    summary,
+)
+from dmc import Transformer
+from nanodmc import optim
+from nanodmc.checkpoint import load
+from nanodmc.parallel import control_rows
+from nanodmc.settings import Settings, new_settings, plan
+from nanodmc.tables import heat_map, table
+from nanodmc.text import batch, load_data
+
+pytestmark = pytest.mark.usefixtures("one_thread")       # faster for tiny models
+
+# ------------------------------------------------------------------------------------- from nothing
+
+def test_a_run_yields_its_models_and_its_table(finished, capsys):
+    result = json.loads((finished / "summary.json").read_text())
+    assert [entry["target"] for entry in result["dmc"]] == [2, 3]
+    for entry in result["dmc"]:
+        assert 1 <= entry["cr"] <= 16 and math.isfinite(entry["loss"]) and len(entry["heads"]) == 1
+    assert result["seconds"] > 0 and result["versions"]["torch"] == torch.__version__
+    entries = curve(finished)
+    steps = {"pretrain": 6, "free": 3, "retrofit": 5, "solidify": 6 + 3, "control": 11}
+    assert {name: sum(e["phase"] == name for e in entries) for name in steps} == steps
+    targets = [e["target_cr"] for e in entries if e["phase"] == "retrofit"]
+    assert targets == pytest.approx([1.4, 1.8, 2.2, 2.6, 3.0])
+    assert train.main(["--out", str(finished), "--resume"]) == 0     # shows its table again
+    shown = capsys.readouterr().out
+    assert "DMC 3x" in shown and "head 0" in shown and "control" in shown
+    assert not any(row.any() for row in control_rows(load(finished / "freed")))
+    assert any(row.any() for row in control_rows(load(finished / "cr3")))
+    assert not load(finished / "control").config.dmc and load(finished / "cr2").config.dmc
+
+
+def test_every_track_of_a_run_reads_the_same_data(tmp_path, text, monkeypatch):
+    positions, real = [], train.batch
+
+    def read(tokens, s, position, device, rows):
+        positions.append(position)
+        return real(tokens, s, position, device, rows)
+
+    monkeypatch.setattr(train, "batch", read)
+    assert train.main(["--out", str(tmp_path / "run"), "--data", text, *TINY]) == 0
+    assert positions[:14] == list(range(14))                     # pretrain, free, retrofit
+    assert positions[14:20] == list(range(11, 17))               # from CR 2, after step 2 of 5
+    assert positions[20:23] == [14, 15, 16] and positions[23:] == list(range(6, 17))
+
+
+def test_control_rows_take_larger_steps_and_nothing_else_does():
+    s = Settings(layers=1, heads=4, kv_heads=2, dim=16, ffn_dim=16, context=16,
+                 channel_lr_factor=10.0)
+    phase = plan(s)[2]
+    moved = []
+    for factor in (1.0, 10.0):
+        torch.manual_seed(0)
+        model = Transformer(replace(s.small_config(), **s.method(dmc=True)))
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer = optim.new_optimizer(model, s)
+        x = torch.randint(0, 257, (2, 17))
+        changed = Settings(**{**asdict(s), "channel_lr_factor": factor})
+        train.train_step(model, optimizer, phase, 0, [(1, x[:, :-1], x[:, 1:])], changed)
+        moved.append({name: p.detach() - start[name] for name, p in model.named_parameters()})
+    for name in moved[0]:
+        slow, fast = moved[0][name], moved[1][name]
+        rows = torch.zeros(len(slow), dtype=torch.bool)
+        if "q_proj" in name or "k_proj" in name:
+            rows[::4] = True
+        assert torch.equal(slow[~rows], fast[~rows])
+        assert torch.allclose(10 * slow[rows], fast[rows], rtol=1e-3, atol=1e-6)
+        assert not rows.any() or slow[rows].abs().sum() > 0
+
+
+def test_the_model_chooses_the_preset():
+    for arguments, expected in {
+            "": (1e-3, 8, [2, 3, 4]),
+            "--init llama2-70b": (1.5e-5, 1024, [2, 3, 4]),
+            "--init x/y": (1e-3, 8, [2, 3, 4]),
+            "--init llama2-7b --preset short --keep 2,3": (3e-5, 64, [2, 3])}.items():
+        given, options = train.parse(arguments.split())
+        s = new_settings(given, options.preset)
+        assert (s.lr, s.batch, s.kept()) == expected
+
+
+def test_speed_is_measured(tiny_shape, tmp_path, capsys):
+    arguments = ["--init", "tiny", "--bench", "4", *LEAN, "--batch", "2", "--context", "16"]
+    with single_threaded():
+        assert train.main([*arguments, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "bench.json").read_text())
+    for name in ("plain", "dmc"):
+        speed, seconds = found[name]["tokens_per_second"], found[name]["seconds_per_step"]
+        assert speed * seconds == pytest.approx(2 * 16) and 4 < found[name]["loss"] < 7
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+    told = refusal(train.main, [*arguments[:2], "--bench", "2"], capsys, tmp_path)
+    assert "--bench needs" in told
+
+
+def test_readme_quotes_what_was_measured():
+    readme = (HERE / "README.md").read_text()
+    measured = json.loads((HERE / "results/laptop.json").read_text())
+    assert table(measured).strip() in readme
+    assert heat_map(measured["dmc"][-1]["heads"]).strip() in readme
+    for field in fields(Settings):         # measured with the defaults that the code has now
+        assert measured["settings"][field.name] == field.default
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+BAD_TRAIN = {
+    "no such file": ["--data", "missing.txt"],
+    "a folder as data": ["--data", "."],
+    "not text": ["--data", "binary"],
+    "too short": ["--data", "short"],
+    "too short for validation": ["--data", "shortish"],
+    "unknown flag": ["--frobnicate", "1"],
+    "unknown value": ["--preset", "gigantic"],
+    "no number": ["--layers", "many"],
+    "a fraction": ["--layers", "1.5"],
+    "negative": ["--retrofit-steps", "-4"],
+    "zero": ["--batch", "0"],
+    "no number at all": ["--lr", "nan"],
+    "head size does not divide": ["--dim", "10", "--heads", "4", "--kv-heads", "4"],
+    "G does not divide H": ["--heads", "4", "--kv-heads", "3"],
+    "CR below 1": ["--cr", "0.5"],
+    "keep out of range": ["--cr", "3", "--keep", "5"],
+    "keep below 1": ["--keep", "0.5"],
+    "keep that is no list": ["--keep", "2,many"],
+    "solidify what is not kept": ["--keep", "2,4", "--solidify", "3"],
+    "passes that do not divide the batch": ["--batch", "8", "--micro-batch", "3"],
+    "nothing to resume": ["--resume"],
+    "no output folder": ["--out", "short/run"],
+}
+
+
+@pytest.mark.parametrize("case", BAD_TRAIN)
+def test_train_refuses(case, messy_folder, capsys, text):
+    given_data = [] if "--data" in BAD_TRAIN[case] else ["--data", text]
+    context = ["--context", "16"] if "--data" in BAD_TRAIN[case] else []
+    told = refusal(train.main, [*given_data, *context, *BAD_TRAIN[case]], capsys, messy_folder)
+    assert told.startswith("train.py: ")
+
+
+# ------------------------------------------------------------------------------------ a given model
+
+def own_loss(model, s, tokens):
+    x, y = batch(tokens, s, 0, "cpu")
+    return F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten()).item()
+
+
+def test_a_given_model_is_retrofitted(tmp_path, plain, text, capsys, monkeypatch):
+    out, before = tmp_path / "run", snapshot(plain)
+    monkeypatch.chdir(plain.parent)
+    arguments = ["--init", plain.name, "--data", text, *RETROFIT, "--out", str(out)]
+    assert train.main(arguments) == 0
+    monkeypatch.chdir(tmp_path)                      # and what follows works from anywhere
+    shown = capsys.readouterr().out
+    assert "nats/token" in shown and "to pretrained" in shown and "control" not in shown
+    assert snapshot(plain) == before
+    steps = curve(out)
+    assert [s["phase"] for s in steps] == ["free"] * 3 + ["retrofit"] * 5 + ["solidify"] * 6
+    s = Settings(**json.loads((out / "run.json").read_text())["settings"])
+    given = load(plain)
+    assert steps[0]["loss"] == pytest.approx(own_loss(given, s, load_data(s, plain)[0]))
+    assert not (out / "pretrained/model.safetensors").exists()           # measured, not copied
+    made = load(out / "cr3")
+    assert made.config == replace(given.config, **s.method(dmc=True))
+    tokenizers = [(folder / "tokenizer.json").read_bytes() for folder in (out / "cr3", plain)]
+    assert tokenizers[0] == tokenizers[1]
+    section = json.loads((out / "cr3/config.json").read_text())["dmc"]
+    assert section["phase"] == "solidify" and section["target_cr"] == 3 and section["cr"] > 1
+    assert generate.main(["--ckpt", str(out), "--prompt", "3 times", "--tokens", "4"]) == 0
+    assert train.main(["--resume", "--out", str(out)]) == 0
+
+
+def test_a_given_model_with_a_control_and_a_kill(tmp_path, plain, text):
+    curves = []
+    for name, dies_at in (("whole", None), ("killed", 9)):
+        arguments = ["--out", str(tmp_path / name)]
+        with before_step(dies_at, dies), contextlib.suppress(PowerCut):
+            train.main([*arguments, "--init", str(plain), "--control", "--data", text, *RETROFIT])
+        assert train.main([*arguments, "--resume"]) == 0
+        curves.append(curve(tmp_path / name))
+    assert curves[0] == curves[1] and "control" in summary(tmp_path / "whole")
+
+
+def test_solidify_starts_from_any_kept_model_also_later(tmp_path, plain, text, capsys):
+    for name, chosen in (("at once", "3,2"), ("later", "3")):
+        arguments = ["--init", str(plain), "--data", text, *RETROFIT, "--solidify", chosen]
+        assert train.main([*arguments, "--out", str(tmp_path / name)]) == 0
+    at_once, later = tmp_path / "at once", tmp_path / "later"
+    assert (later / "retrofit-2").exists() and not (later / "cr2").exists()
+    assert [entry["target"] for entry in summary(later)["dmc"]] == [3]
+    capsys.readouterr()
+    resume = ["--resume", "--out", str(later), "--solidify"]
+    assert "behind those" in refusal(train.main, [*resume, "2,3"], capsys, tmp_path)
+    assert train.main([*resume, "3,2"]) == 0
+    assert curve(later) == curve(at_once) and summary(later)["dmc"] == summary(at_once)["dmc"]
+
+
+BAD_INIT = {
+    "a size of the small model": (["--layers", "2"], "--layers is for the small model"),
+    "steps of pretraining": (["--pretrain-steps", "5"],
+                             "--pretrain-steps is for the small model"),
+    "more context than positions": (["--context", "65"], "more than the model's 64 positions"),
+    "compressed already": (["--init", "cr3"], "is a DMC model already"),
+    "no tokenizer": (["--init", "mute"], "holds no tokenizer.json"),
+    "another tokenizer": (["--init", "mixed"], "belongs to another model"),
+    "a tokenizer of too many": (["--init", "many"], "belongs to another model"),
+    "a pointer for a tokenizer": (["--init", "pointer"], "git lfs pull"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INIT)
+def test_train_refuses_a_given_model(tmp_path, monkeypatch, plain, finished, text, capsys, case):
+    arguments, says = BAD_INIT[case]
+    for name in ("plain", "mute", "mixed", "many", "pointer"):
+        shutil.copytree(plain, tmp_path / name)
+    shutil.copytree(finished / "cr3", tmp_path / "cr3")
+    (tmp_path / "mute/tokenizer.json").unlink()
+    edit_json(tmp_path / "mixed/config.json", lambda c: c.update(vocab_size=32000))
+    edit_json(tmp_path / "many/config.json", lambda c: c.update(vocab_size=256))
+    (tmp_path / "pointer/tokenizer.json").write_text(POINTER)
+    monkeypatch.chdir(tmp_path)
+    given = [] if "--init" in arguments else ["--init", "plain"]
+    arguments = [*given, "--data", text, "--context", "16", *arguments]
+    assert says in refusal(train.main, arguments, capsys, tmp_path)
