@@ -281,6 +281,8 @@ class Cache:
             V[last] = (z_{t-1} V[last] + omega_t v_t) / z_t    V.append(v_t)
         """
         alpha = alpha * (self.lengths[layer] > 0)                 # the first token appends
+
+        # the average over the open segment; after an append this token is alone in it
         omegas, ks, vs = self.segment[layer]
         omegas = torch.cat([alpha[..., None] * omegas, omega[..., None]], dim=-1)       # (B, G, n)
         ks, vs = torch.cat([ks, k[:, :, None]], dim=2), torch.cat([vs, v[:, :, None]], dim=2)
@@ -290,7 +292,8 @@ class Cache:
         k_mean, v_mean = ((omegas / z).unsqueeze(2) @ wide(x) for x in (ks, vs))     # (B, G, 1, D)
         self.segment[layer] = (omegas, ks, vs) if w else (z, k_mean, v_mean)
 
-        last = self.lengths[layer] - alpha.long()                 # of the slot to write, (B, G)
+        # into the last slot or a new one, rotated at this token's position
+        last = self.lengths[layer] - alpha.long()                                    # (B, G)
         self.lengths[layer] = last + 1
         cos, sin = (x[-1:] for x in rotary_table(self.config, self.seen[layer] + 1, k.device))
         self.seen[layer] += 1
@@ -298,8 +301,9 @@ class Cache:
         keys = self.keys[layer] = write(self.keys[layer], last, rotated)
         values = self.values[layer] = write(self.values[layer], last, v_mean.to(self.dtype))
 
+        # ordinary attention over each head's own slots
         q = rotate_heads(q[:, :, None], cos, sin, self.gain).view(*k.shape[:2], -1, k.size(-1))
-        scores = wide(q @ keys.mT) / math.sqrt(k.size(-1))        # (B, G, H / G, S)
+        scores = wide(q @ keys.mT) / math.sqrt(k.size(-1))                       # (B, G, H / G, S)
         unused = torch.arange(keys.size(2), device=k.device) >= self.lengths[layer][..., None]
         weights = scores.masked_fill(unused[:, :, None], -torch.inf).softmax(dim=-1)
         return (weights.to(self.dtype) @ values).flatten(1, 2)

@@ -432,6 +432,8 @@ def test_compression_loss_value_and_gradient():
     assert dmc.compression_loss(at_target, 2.0).item() == 0
     assert dmc.compression_loss(at_target, 1.9).item() == 0
     assert dmc.compression_loss(at_target, 2.1).item() > 0
+    uneven = torch.stack([torch.ones(3, 4, 10), torch.zeros(3, 4, 10)], dim=1)
+    assert dmc.compression_loss(uneven, 2.0).item() == 0.25     # each sequence is held to 1 / CR
 
 
 def test_channel_gain_is_eq12():

@@ -7,7 +7,7 @@ import math
 import textwrap
 
 WIDTH = 79
-LOG_HEAD = (f"{'phase':<12}{'step':>8}{'loss':>10}{'target':>7}{'CR':>7}{'lr':>8}{'tokens/s':>9}"
+LOG_HEAD = (f"{'phase':<12}{'step':>8}{'loss':>11}{'target':>7}{'CR':>7}{'lr':>8}{'tok/s':>8}"
             f"{'MFU':>5}{'GB':>6}{'left':>7}")
 
 
@@ -27,13 +27,13 @@ def log_line(phase, entry, loss, left):
     ratios, mfu = f"{'-':>7}{'-':>7}", entry["mfu"]
     if entry["cr"]:
         ratios = f"{entry['target_cr']:7.2f}{entry['cr']:7.2f}"
-    return (f"{phase.title:<12}{entry['step'] + 1:>5}/{phase.steps:<5}{loss:7.4f}{ratios}"
-            f"{entry['lr']:8.1e}{entry['tokens_per_second']:9,}"
+    return (f"{phase.title:<12}{entry['step'] + 1:>5}/{phase.steps:<5}{loss:8.4f}{ratios}"
+            f"{entry['lr']:8.1e}{entry['tokens_per_second']:8,}"
             f"{'-' if mfu is None else f'{mfu:.0%}':>5}{entry['peak_gb']:6.1f}{duration(left):>7}")
 
 
 def duration(seconds):
-    """Seconds as 4:05 (minutes), 4h05m or 4d05h; None as -."""
+    """Seconds as 4:05 (minutes), 4h05m, 4d05h or 104d; None as -."""
     if seconds is None:
         return "-"
     minutes = int(seconds) // 60
@@ -41,7 +41,8 @@ def duration(seconds):
         return f"{minutes}:{int(seconds) % 60:02}"
     if minutes < 48 * 60:
         return f"{minutes // 60}h{minutes % 60:02}m"
-    return f"{minutes // 1440}d{minutes // 60 % 24:02}h"
+    days, hours = minutes // 1440, minutes // 60 % 24
+    return f"{days}d{hours:02}h" if days < 100 else f"{days}d"
 
 
 def table(summary):

@@ -1,5 +1,7 @@
 """Properties of nanodmc/tables.py: what a run shows fits a terminal, at any size of run."""
 
+from functools import partial
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,8 +10,12 @@ from nanodmc.settings import PRESETS, Settings, plan
 from nanodmc.tables import LOG_HEAD, duration, heat_map, log_line, table
 
 
-@given(st.sampled_from(sorted(PRESETS)), st.integers(0, 5), st.floats(0, 1), st.floats(1, 64),
-       st.floats(1e-4, 20), st.floats(10, 9e5), st.floats(0.01, 700), st.floats(0, 3e7))
+# without subnormal numbers, which train.main switches off for the whole process
+floats = partial(st.floats, allow_subnormal=False)
+
+
+@given(st.sampled_from(sorted(PRESETS)), st.integers(0, 5), floats(0, 1), floats(1, 64),
+       floats(1e-4, 20), floats(10, 9e5), floats(0.01, 700), floats(0, 3e7))
 def test_a_log_line_fits_a_terminal(preset, phase, share, cr, loss, speed, gigabytes, left):
     """Of the largest runs too, and its columns stay below their names."""
     phase = plan(Settings(**PRESETS[preset]))[phase]
