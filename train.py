@@ -17,8 +17,7 @@ A run has five phases. Each starts from the weights that an earlier one left beh
                compression, to compare with; with --init only if --control
                asks for it
 
-Everything is written to the folder --out: the settings, a line of figures per step, the state that
---resume needs, a checkpoint per model, and the final table.
+Everything is written to the folder --out: settings, figures of every step, checkpoints, a table.
 """
 
 import argparse
@@ -40,8 +39,9 @@ from torch.utils.checkpoint import checkpoint
 
 import dmc
 from nanodmc.baselines import pooling_cache
-from nanodmc.checkpoint import load, random_model, runs_by_number, shape
+from nanodmc.checkpoint import load, random_model, runs_by_number
 from nanodmc.cli import OPS, Parser, provenance, run_command, typed
+from nanodmc.config import shape
 from nanodmc.evaluate import evaluate
 from nanodmc.files import InputError, write_json
 from nanodmc.optim import check_memory, free_memory, memory_plan, new_optimizer, recompute_layers

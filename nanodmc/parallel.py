@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 import dmc
-from nanodmc.checkpoint import load, random_model, shape
+from nanodmc.checkpoint import load, random_model
+from nanodmc.config import shape
 from nanodmc.files import InputError
 
 

@@ -22,8 +22,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dmc import Transformer
-from nanodmc.checkpoint import locate, read_config, save, shape
+from nanodmc.checkpoint import locate, save
 from nanodmc.cli import provenance, typed
+from nanodmc.config import read_config, shape
 from nanodmc.files import InputError, listed, one_line, read_json, write_atomically, write_json
 from nanodmc.optim import check_memory, free_memory, memory_plan, states
 from nanodmc.parallel import device_of_this_process, gathered, over_ranks, rank_count, this_rank

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from nanodmc.checkpoint import checked_config
 from nanodmc.cli import OPS
+from nanodmc.config import checked_config
 from nanodmc.files import InputError, read_json
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import dmc
 import train
 from nanodmc import checkpoint, cli, files
+from nanodmc.config import SHAPES
 from nanodmc.tokenizer import Tokenizer
 from test_dmc import config_of
 
@@ -183,7 +184,7 @@ def plain(tmp_path_factory):
 @pytest.fixture
 def tiny_shape(monkeypatch):
     """A known shape that is tiny."""
-    monkeypatch.setitem(checkpoint.SHAPES, "tiny", dict(
+    monkeypatch.setitem(SHAPES, "tiny", dict(
         vocab_size=300, n_layer=1, n_head=4, n_kv_head=2, dim=16, ffn_dim=24, max_seq_len=64))
 
 

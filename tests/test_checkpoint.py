@@ -25,6 +25,7 @@ from conftest import POINTER, RETROFIT, edit_json, largest_error, oracle, refusa
 from dmc import Transformer
 from nanodmc import checkpoint
 from nanodmc.checkpoint import load, save
+from nanodmc.config import checked_config, shape
 from nanodmc.files import InputError
 from nanodmc.sampling import next_logits
 from nanodmc.tokenizer import Tokenizer
@@ -38,16 +39,16 @@ from test_dmc import config_of, groups, seeds
     dict(window=0), dict(tau=0.0), dict(head_dim=2)])
 def test_impossible_configurations_are_refused(bad):
     with pytest.raises(InputError) as refused:
-        checkpoint.checked_config(**{**vars(config_of()), **bad})
+        checked_config(**{**vars(config_of()), **bad})
     assert "\n" not in str(refused.value)
 
 
 def test_possible_configurations_stay_as_they_are():
     for changes in (dict(), dict(head_dim=4), dict(window=None), dict(window=1), dict(dmc=False)):
         config = config_of(**changes)
-        assert checkpoint.checked_config(**vars(config)) == config
+        assert checked_config(**vars(config)) == config
     values = {**vars(config_of()), "head_dim": None}
-    assert checkpoint.checked_config(**values).head_dim == values["dim"] // values["n_head"]
+    assert checked_config(**values).head_dim == values["dim"] // values["n_head"]
 
 
 # ------------------------------------------------------------------------------- saving and loading
@@ -606,15 +607,15 @@ def test_known_shapes():
     """The parameters that the models are named for."""
     for name, billions in (("llama2-7b", 6.74), ("llama2-13b", 13.02), ("llama2-70b", 68.98)):
         with torch.device("meta"):
-            model = Transformer(checkpoint.shape(name))
+            model = Transformer(shape(name))
         count = sum(p.numel() for p in model.parameters())
         assert count / 1e9 == pytest.approx(billions, abs=0.01)
-        assert checkpoint.shape(name) == replace(checkpoint.shape(name, dmc=True), dmc=False)
+        assert shape(name) == replace(shape(name, dmc=True), dmc=False)
 
 
 def test_random_weights(tmp_path, monkeypatch, tiny_shape, text, capsys):
     monkeypatch.chdir(tmp_path)
-    model = checkpoint.random_model(checkpoint.shape("tiny"))
+    model = checkpoint.random_model(shape("tiny"))
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
     assert torch.get_default_dtype() == torch.float32
     tiny = ["tiny", "--random-weights"]

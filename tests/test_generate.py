@@ -8,7 +8,7 @@ from hypothesis import given, settings
 
 import generate
 from conftest import refusal
-from nanodmc import checkpoint
+from nanodmc.config import SHAPES
 from test_dmc import both, model_of, seeds
 
 
@@ -130,8 +130,8 @@ def test_generate_refuses(case, messy_folder, capsys, finished):
     ("2", ["--ckpt", "uneven", "--random-weights"],
      "2 ranks cannot share 25 columns of the MLPs (ffn_dim)")])
 def test_what_ranks_refuse(ranks, flags, words, tmp_path, plain, monkeypatch, tiny_shape, capsys):
-    uneven = {**checkpoint.SHAPES["tiny"], "ffn_dim": 25}
-    monkeypatch.setitem(checkpoint.SHAPES, "uneven", uneven)
+    uneven = {**SHAPES["tiny"], "ffn_dim": 25}
+    monkeypatch.setitem(SHAPES, "uneven", uneven)
     monkeypatch.setenv("WORLD_SIZE", ranks)
     monkeypatch.setenv("RANK", "0")
     arguments = ["--ckpt", str(plain), "--device", "cpu", *flags]

@@ -21,6 +21,7 @@ import dmc_fast
 import train
 from dmc import Transformer
 from nanodmc import checkpoint, flash_attention, sampling
+from nanodmc.config import shape
 from nanodmc.launch import INTERPRETED, triton
 from nanodmc.optim import new_optimizer
 from nanodmc.settings import Settings, plan
@@ -253,7 +254,7 @@ def test_speed_of_prefill_gpu(note):
     without."""
     tokens, times = torch.randint(0, 32000, (8, 2048), device=DEVICE), []
     for decides in (True, False):
-        config = checkpoint.shape("llama2-7b", n_layer=4, dmc=decides, c=0.0)
+        config = shape("llama2-7b", n_layer=4, dmc=decides, c=0.0)
         model = checkpoint.random_model(config, dmc_fast, DEVICE)
         make = partial(model.Cache, config, 8, DEVICE, HALF)
         times.append(seconds(lambda m=model, make=make: sampling.next_logits(m, tokens, make())))

@@ -24,7 +24,7 @@ import train
 from conftest import TINY, refusal, single_threaded
 from dmc import Config, Transformer
 from nanodmc import cli, files, flash_attention, optim
-from nanodmc.checkpoint import SHAPES
+from nanodmc.config import SHAPES
 from nanodmc.files import InputError
 from nanodmc.settings import PRESETS, Phase, Settings, plan
 from nanodmc.text import batch, standard_library

@@ -7,6 +7,7 @@ import torch
 import dmc_fast
 from conftest import oracle
 from nanodmc import checkpoint, peers, sampling
+from nanodmc.config import shape
 from test_dmc import assert_close, model_of, through_cache
 
 
@@ -25,7 +26,7 @@ def test_the_compiled_peer_attends_as_a_cache():
 @torch.no_grad()
 def test_the_transformers_peer_has_the_same_weights_and_logits():
     oracle("transformers")
-    config = checkpoint.shape("toy")
+    config = shape("toy")
     model = checkpoint.random_model(config, dmc_fast, "cpu", torch.float32)
     bench = types.SimpleNamespace(model=model, config=config, device=torch.device("cpu"))
     tokens = torch.randint(0, 512, (2, 20))

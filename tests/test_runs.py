@@ -36,7 +36,8 @@ from conftest import (
 )
 from dmc import Config
 from nanodmc import runs
-from nanodmc.checkpoint import SHAPES, load
+from nanodmc.checkpoint import load
+from nanodmc.config import SHAPES
 
 pytestmark = pytest.mark.usefixtures("one_thread")       # faster for tiny models
 

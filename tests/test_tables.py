@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from nanodmc.settings import PRESETS, Settings, plan
 from nanodmc.tables import LOG_HEAD, duration, heat_map, log_line, table
 
-
 # without subnormal numbers, which train.main switches off for the whole process
 floats = partial(st.floats, allow_subnormal=False)
 
