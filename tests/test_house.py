@@ -13,8 +13,8 @@ ORDER = [["dmc"],
          ["launch", "flash_attention", "banded_average", "padded_cache"], ["dmc_fast"],
          *([name] for name in (
              "files", "cli", "config", "checkpoint", "parallel", "tokenizer", "text", "settings",
-             "optim", "evaluate", "baselines", "sampling", "plots", "tables", "runs", "pool", "engine",
-             "prompts", "merges", "peers", "bench")),
+             "optim", "evaluate", "baselines", "sampling", "plots", "tables", "runs", "pool",
+             "engine", "prompts", "merges", "peers", "bench")),
          ["train", "generate"]]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 MODULES = {**{path.stem: path for path in HERE.glob("nanodmc/*.py") if path.stem != "__init__"},
