@@ -1,6 +1,5 @@
 """AdamW, with stochastic rounding for weights in bf16, and the memory that training takes."""
 
-import textwrap
 import weakref
 from functools import partial
 
@@ -10,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from dmc import Transformer
 from nanodmc.files import InputError, read_lines
 from nanodmc.parallel import local, over_ranks
+from nanodmc.tables import show
 
 
 def new_optimizer(model, s, passes=1):
@@ -192,9 +192,8 @@ def check_memory(plan, free):
     """Print the plan. Raises InputError where it exceeds what is free (bytes, or None)."""
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in plan.items() if size)
     total = sum(plan.values())
-    told = f"memory plan in GB: {parts}; together {total / 1e9:.1f}"
-    told += f" of {free / 1e9:.1f}" if free else ""
-    print(textwrap.fill(told, 79, subsequent_indent="  "))
+    of = f" of {free / 1e9:.1f}" if free else ""
+    show(f"{total / 1e9:.1f}{of} GB: {parts}", "memory")
     if free and total > free:
         raise InputError(
             f"the run needs {total / 1e9:.1f} GB on each card ({parts}) and {free / 1e9:.1f} are "

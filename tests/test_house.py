@@ -13,7 +13,7 @@ ORDER = [["dmc"],
          ["launch", "flash_attention", "banded_average", "padded_cache"], ["dmc_fast"],
          *([name] for name in (
              "files", "cli", "config", "checkpoint", "parallel", "tokenizer", "text", "settings",
-             "optim", "evaluate", "baselines", "sampling", "plots", "tables", "runs", "pool",
+             "tables", "optim", "evaluate", "baselines", "sampling", "plots", "runs", "pool",
              "engine", "prompts", "merges", "peers", "bench")),
          ["train", "generate"]]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -242,12 +242,12 @@ def test_model_flops(monkeypatch):
 
 def test_a_run_opens_with_what_it_is_about(finished_run, text):
     """Folder; model and its size; text; phases and steps: before the first line of figures."""
-    opening = finished_run.printed[:finished_run.printed.index("tokens/s")]
+    opening = finished_run.printed[:finished_run.printed.index("\nphase  ")]
     words = " ".join(opening.split())
     size = sum(p.numel() for p in load(finished_run.out / "pretrained").parameters())
     for part in ("run finished", "1 layers", "2 heads", f"{size:,} parameters",
                  Path(text).name, "pretrain 6", "free 3", "retrofit 5", "solidify 2 6",
-                 "solidify 3 3", "control 11", "34 steps", "memory plan"):
+                 "solidify 3 3", "control 11", "34 steps", "GB: weights"):
         assert part in words, part
 
 
