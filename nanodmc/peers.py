@@ -4,6 +4,7 @@ A peer decodes a quarter of the tokens that ours generates, at about ours' mean 
 second half of them. What stands in its cache before them only has to be of that length.
 """
 
+import inspect
 import time
 
 import torch
@@ -69,6 +70,8 @@ def by_transformers(bench, batch):
         return None
     theirs, device, (count, start) = as_transformers(bench), bench.device, lengths(bench)
     cache, forward = StaticCache(config=theirs.config, max_cache_len=start + count), theirs.forward
+    older = "past_key_values" in inspect.signature(forward).parameters      # what it was called
+    cached = {"past_key_values" if older else "cache": cache}
     if device.type == "cuda":
         forward = torch.compile(forward, mode="reduce-overhead")
     token = torch.zeros(batch, 1, dtype=torch.long, device=device)
@@ -77,11 +80,11 @@ def by_transformers(bench, batch):
         prompts = [torch.tensor(bench.texts(row, bench.prompt)) for row in range(batch)]
         tokens = torch.stack(prompts).to(device)[:, :min(bench.prompt, start - i)]
         positions = torch.arange(i, i + tokens.size(1), device=device)
-        theirs(tokens, past_key_values=cache, cache_position=positions, logits_to_keep=1)
+        theirs(tokens, **cached, cache_position=positions, logits_to_keep=1)
     at.fill_(start)
 
     def step():
-        logits = forward(token, past_key_values=cache, cache_position=at.clone()).logits
+        logits = forward(token, **cached, cache_position=at.clone()).logits
         token.copy_(logits[:, -1:].argmax(-1))
         at.add_(1)
     return timed(step, count, device)

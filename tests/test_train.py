@@ -130,6 +130,21 @@ def test_readme_quotes_what_was_measured():
         assert measured["settings"][field.name] == field.default
 
 
+def test_readme_has_the_ranges_over_seeds_and_machines():
+    """Each row of its table of results, from all files of the laptop run."""
+    readme = (HERE / "README.md").read_text()
+    runs = [json.loads(path.read_text()) for path in HERE.glob("results/laptop*.json")]
+    assert len(runs) == 3
+    for i in range(3):
+        found = [(run["dmc"][i], run["control"]) for run in runs]
+        crs = [entry["cr"] for entry, _ in found]
+        losses = [entry["loss"] - control for entry, control in found]
+        pooled = [entry["pooling"] - control for entry, control in found]
+        row = (f"| {min(crs):.2f} to {max(crs):.2f} | {min(losses):+.3f} to {max(losses):+.3f} "
+               f"| {min(pooled):+.2f} to {max(pooled):+.2f} |")
+        assert row in readme, row
+
+
 # ---------------------------------------------------------------------------------------- bad input
 
 BAD_TRAIN = {
