@@ -444,7 +444,7 @@ def worked_example():
 
     print("Algorithm 1 on one head. The decision: merge where k[0] > c = 5. A slot is named")
     print("by the tokens in it; the last three after each step are shown.\n")
-    print(" t  token      k[0]   alpha       omega  cache after the step")
+    print(" t  token     k[0]   alpha       omega  cache after the step")
     cache, slots, stepwise = Cache(config, batch=1), [], []
     for t in range(T):
         token = (x[:, :, t:t + 1] for x in (q, k, v, alpha, omega))
@@ -452,7 +452,7 @@ def worked_example():
         merge = alpha[0, 0, t] == 1
         slots = [*slots[:-1], slots[-1] + "+" + text[t]] if merge else [*slots, text[t]]
         shown = " ".join(f"[{slot}]" for slot in slots[-3:])
-        print(f"{t:2}  {text[t]:<8}{k[0, 0, t, 0]:7.2f}   {'1 (merge) ' if merge else '0 (append)'}"
+        print(f"{t:2}  {text[t]:<8}{k[0, 0, t, 0]:6.2f}   {'1 (merge) ' if merge else '0 (append)'}"
               f"{omega[0, 0, t]:7.2f}  {shown}")
 
     angles = rotary_table(config, T)

@@ -678,11 +678,12 @@ def test_model_with_fast_ops(window):
 
 
 def test_worked_example():
-    """It says that the parallel form and the cache agree."""
+    """It says that the parallel form and the cache agree, and fits a terminal."""
     done = subprocess.run([sys.executable, HERE / "dmc.py"], capture_output=True, text=True,
                           check=True, timeout=60)
     assert "compression ratio" in done.stdout
     assert float(done.stdout.split()[-1].rstrip(".")) < 1e-6
+    assert max(map(len, done.stdout.splitlines())) <= 80
 
 
 # ----------------------------------------------- the paged cache, in operations and in kernels
