@@ -1,16 +1,12 @@
-"""Files of text become tokens on disk, and those become batches."""
+"""Documents become tokens on disk, and those become batches."""
 
-import glob
-import gzip
 import hashlib
-import io
 import json
-import lzma
 import os
 import shutil
 import sys
-import sysconfig
 import time
+import warnings
 from array import array
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
@@ -21,113 +17,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanodmc.cli import installing
+from nanodmc.documents import documents, form_of, standard_library, text_files
 from nanodmc.files import InputError
 from nanodmc.tokenizer import Tokenizer
-
-# ----------------------------------------------------------------------------- files to documents
-
-def standard_library():
-    """The Python sources of the running interpreter, without its tests: about 12 MB everywhere."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    return sorted(f for f in root.rglob("*.py") if not skip & set(f.relative_to(root).parts))
-
-
-def text_files(patterns):
-    """The files that --data names: themselves, all below a folder, or a pattern's matches.
-
-    Raises InputError where there is none.
-    """
-    found = []
-    for pattern in patterns:
-        # Path.glob takes no absolute pattern
-        names = ([pattern] if Path(pattern).exists()
-                 else sorted(glob.glob(pattern, recursive=True)))  # noqa: PTH207
-        if not names:
-            raise InputError(f"{pattern} cannot be read (no such file); check --data.")
-        for path in map(Path, names):
-            found += sorted(f for f in (path.rglob("*") if path.is_dir() else [path])
-                            if f.is_file() and not f.name.startswith("."))
-    if not found:
-        raise InputError("there is no file to train on; give text files with --data.")
-    return list(dict.fromkeys(found))
-
-
-def unpacked(file, suffix):
-    """A stream of text from an open file, by the suffix of its name."""
-    if suffix == ".zst":
-        try:
-            import zstandard
-        except ImportError:
-            raise InputError("reading .zst needs a library that is not installed; "
-                             f"{installing('zstandard')}.") from None
-        return zstandard.open(file, "rt", encoding="utf-8")
-    kind = {".gz": gzip.open, ".xz": lzma.open}.get(suffix)
-    if kind is None:
-        return io.TextIOWrapper(file, encoding="utf-8")
-    return kind(file, "rt", encoding="utf-8")
-
-
-def split_documents(stream, kind, path, field):
-    """Yield the texts in a stream. kind: .jsonl, .txt or another suffix; see `documents`."""
-    if kind == ".jsonl":
-        for number, line in enumerate(stream, 1):
-            try:
-                entry = json.loads(line) if line.strip() else {field: None}
-            except json.JSONDecodeError:
-                raise InputError(f"{path} is no JSON in line {number}; mend it, or leave it out "
-                                 "of --data.") from None
-            if not isinstance(entry, dict) or not isinstance(entry.get(field, 0), str | None):
-                raise InputError(f"{path} has no text under {field} in line {number}; "
-                                 "name where it is with --field.")
-            if entry[field] is not None:
-                yield entry[field]
-    elif kind == ".txt":
-        lines = []
-        for line in stream:
-            if line == "\f\n":
-                yield "".join(lines)
-                lines = []
-            else:
-                lines.append(line)
-        yield "".join(lines)
-    else:
-        yield stream.read()
-
-
-def documents(path, field):
-    """Yield the texts in a file, each with the bytes of the file that were read so far.
-
-    A line of .jsonl has one under `field`. In .txt, a line of nothing but a form feed stands
-    between two. Any other file is one. All may be packed as .gz, .xz or .zst. Raises InputError
-    where a file cannot be read, or is not what its name says.
-    """
-    packed = path.suffix if path.suffix in (".gz", ".xz", ".zst") else ""
-    kind = path.with_suffix("").suffix if packed else path.suffix
-    try:
-        with path.open("rb") as file, unpacked(file, packed) as stream:
-            for text in split_documents(stream, kind, path, field):
-                yield text, file.tell()
-    except UnicodeDecodeError:
-        raise InputError(
-            f"{path} is not UTF-8 text; convert it, or leave it out of --data.") from None
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be read ({error.strerror or error}); check --data.") from None
-    except InputError:
-        raise
-    except Exception as error:      # each library has its own kind for a damaged file
-        raise InputError(
-            f"{path} is damaged ({error}); fetch it anew, or leave it out of --data.") from None
-
 
 # ------------------------------------------------------------------------------ documents to tokens
 
 @lru_cache(maxsize=1)
 def tokenizer_of(folder):
     """The tokenizer of a checkpoint, or of bytes where `folder` is None; read once per process."""
-    return Tokenizer.from_folder(folder) if folder else Tokenizer.bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")          # whoever chose the folder has been warned
+        return Tokenizer.from_folder(folder) if folder else Tokenizer.bytes()
 
 
 def encode(folder, texts):
@@ -176,15 +77,21 @@ def encode_all(files, folder, field, alone=2 ** 24):
 def content_key(files, folder, field):
     """A name for the tokens of these files.
 
-    It is the same for the same contents in the same order and the same tokenizer. Raises
-    InputError where a file cannot be read.
+    It is the same for the same contents in the same order and the same tokenizer. What an earlier
+    version read in another way has another name. Raises InputError where a file cannot be read.
     """
     tokenizer, whole = tokenizer_of(folder), hashlib.blake2b(digest_size=12)
+    named = np.ravel(tokenizer.special_ids.get("eos_token_id")).tolist()[:1]
+    odd = tokenizer.added.oddities or tokenizer.odd_merges
+    newer = [] if tokenizer.eos and [tokenizer.eos] == named and not odd else [2, tokenizer.eos]
     try:
-        whole.update(json.dumps([field, tokenizer.special_ids]).encode())
+        whole.update(json.dumps([field, tokenizer.special_ids, *newer]).encode())
         whole.update(tokenizer.files["tokenizer.json"])
         for path in files:
-            whole.update(json.dumps([path.suffixes[-2:], path.stat().st_size]).encode())
+            form = form_of(path)
+            newer = [] if form.as_ever else [2, form.kind]
+            about = [path.suffixes[-2:], path.stat().st_size, *newer]
+            whole.update(json.dumps(about).encode())
             with path.open("rb") as f:
                 while block := f.read(2 ** 20):
                     whole.update(block)
@@ -282,6 +189,8 @@ def load_data(settings, folder, key=None):
     ends, tokens = np.fromfile(cache / key / "ends", np.int64), np.zeros(0)
     if ends[-1:].any():                     # an empty file cannot be mapped
         tokens = np.memmap(cache / key / "tokens", dtype, mode="r")
+    else:
+        raise InputError("the files of --data have no text in them; give others.")
     starts = np.concatenate([[0], ends[:-1]])
     if len(ends) == 1:
         cut = len(tokens) * 19 // 20

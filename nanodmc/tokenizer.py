@@ -2,29 +2,19 @@
 
 import json
 import re
+import warnings
 from pathlib import Path
 
-import numpy as np
 import tiktoken
 
-from nanodmc.files import InputError, read_json
+from nanodmc.added_tokens import BLANK, AddedTokens, ends_of_text
+from nanodmc.config import as_whole
+from nanodmc.files import InputError, listed, read_json
+from nanodmc.splits import SPLITS, split_name, steps_of
 
-BLANK = "\u2581"                 # what SentencePiece writes for a blank
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
     "generation_config.json", "chat_template.jinja")
-# numerals, with those of Unicode 17, which tiktoken does not know yet
-NUMERAL = "\\p{N}\U00011de0-\U00011de9\U00016ff4-\U00016ff6"
-SPLITS = {          # how the known pre-tokenizers cut a text into pieces, each encoded by itself
-    "GPT-2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "single digits, then GPT-2": rf"[{NUMERAL}]|'(?:[sdmt]|ll|ve|re)| ?\p{{L}}+"
-                                 rf"| ?[^\s\p{{L}}{NUMERAL}]+|\s+(?![^\s{NUMERAL}])|\s+",
-    "Llama 3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-               r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "words with all blanks before them": "\u2581*[^\u2581]+|\u2581+",
-    "words with one blank before them": "\u2581?[^\u2581]+|\u2581",
-    "nothing": r"[\s\S]+",
-}
 
 
 def byte_alphabet():
@@ -51,31 +41,6 @@ def as_id(i):
     return i
 
 
-def steps_of(part, plural):
-    """A part of tokenizer.json, which may be none, one step or a sequence of them, as a list."""
-    return (part or {}).get(plural, [part] if part else [])
-
-
-def split_name(pre_tokenizer):
-    """The name in SPLITS of a pre_tokenizer, or a description of one that is not known."""
-    names = []
-    for step in steps_of(pre_tokenizer, "pretokenizers"):
-        kind, pattern = step["type"], (step.get("pattern") or {}).get("Regex")
-        if kind == "ByteLevel" and not step.get("add_prefix_space"):
-            names += ["GPT-2"] if step.get("use_regex", True) else []
-        elif kind == "Digits" and step.get("individual_digits"):
-            names.append("single digits")
-        elif (kind == "Split" and pattern == SPLITS["Llama 3"] and step["behavior"] == "Isolated"
-                and not step.get("invert")):
-            names.append("Llama 3")
-        elif kind == "Metaspace" and step.get("replacement") == BLANK:
-            names += ["words with one blank before them"] if step.get("split", True) else []
-        else:
-            options = {key: value for key, value in step.items() if key != "type"}
-            names.append(f"{kind} {json.dumps(options)}")
-    return ", then ".join(names) or "nothing"
-
-
 def byte_level_ids(vocab, merged):
     """In the order of tiktoken's ranks, bytes -> ids: none for a byte that the vocabulary lacks."""
     ids = {bytes([b]): (vocab[char],) if char in vocab else ()
@@ -94,18 +59,12 @@ def sentencepiece_ids(vocab, merged):
     return ids | {piece.encode(): (vocab[piece],) for piece in [*chars, *merged]}
 
 
-def cut(text, names):
-    """Cut text at the longest of `names` (name -> id) in it. Yields (position, text or id)."""
-    end = 0
-    if names:
-        longest_first = sorted(names, key=len, reverse=True)
-        for match in re.finditer("|".join(map(re.escape, longest_first)), text):
-            if match.start() > end:
-                yield end, text[end:match.start()]
-            yield match.start(), names[match[0]]
-            end = match.end()
-    if end < len(text):
-        yield end, text[end:]
+def has_long_blanks(text, length=2 ** 15):
+    """Whether blanks stand in a row, so many that tiktoken would panic on them (about 500,000).
+
+    Every row of twice the length has a block of it that nothing else is in.
+    """
+    return any(text[i:i + length].isspace() for i in range(0, len(text) - length + 1, length))
 
 
 class Tokenizer:
@@ -120,7 +79,8 @@ class Tokenizer:
     belongs to an unknown character and becomes the ids of its bytes.
 
         vocab_size: 1 + the largest id
-        stops: the ids that end a text; eos: the first of them, or None
+        rows: how many ids the model knows; `encode` refuses others
+        stops: the ids that end a text; eos: the first of them that is a token, or None
         prefix: the ids that the file's template puts before a text, as Llama's beginning-of-text
         files: name -> content, which `save` writes beside a model
         special_ids: config.json's entries for the ids that begin and end a text, or pad it
@@ -136,18 +96,15 @@ class Tokenizer:
             self._read_added_tokens(facts.get("added_tokens") or [])
             self._read_template(facts.get("post_processor"))
             self._read_decoder(facts.get("decoder"))
-            generation = json.loads(files.get("generation_config.json", "{}"))
         except InputError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError, IndexError, RecursionError,
                 OverflowError) as error:
             raise self._refusal(
                 f"is damaged ({type(error).__name__}: {error})", "restore it") from None
-        self.vocab_size = 1 + max(self.pieces)
-        ends = (np.ravel(facts.get("eos_token_id") or []).tolist()
-                for facts in (self.special_ids, generation))
-        self.stops = list(dict.fromkeys(i for ids in ends for i in ids))
-        self.eos = self.stops[0] if self.stops else None
+        self.rows = self.vocab_size = 1 + max(self.pieces)
+        self.stops = ends_of_text(source, files, self.special_ids, self.vocab | self.added.ids)
+        self.eos = next((i for i in self.stops if i in self.pieces), None)
 
     @classmethod
     def bytes(cls):
@@ -165,7 +122,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path):
-        """A checkpoint's tokenizer. Raises InputError if there is none, or another model's."""
+        """A checkpoint's tokenizer, for the ids that the model knows. Raises InputError."""
         path = Path(path)
         files = {name: (path / name).read_bytes() for name in TOKENIZER_FILES
                  if (path / name).is_file()}
@@ -177,11 +134,33 @@ class Tokenizer:
         special_ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
                        if key in config}
         tokenizer = cls(files, special_ids, path / "tokenizer.json")
-        size, rows = tokenizer.vocab_size, config.get("vocab_size", tokenizer.vocab_size)
-        if not size <= rows <= size + 1024:          # embeddings are often padded a little
-            raise InputError(f"{path / 'tokenizer.json'} has {size} ids and the model {rows}; "
-                             "it belongs to another model: copy the right one there.")
+        if tokenizer.eos is None:
+            warnings.warn(f"{path} names no token that ends a text: documents will follow each "
+                          "other without one, and generated text will end at its length only; "
+                          "name one in tokenizer_config.json, as eos_token.", stacklevel=2)
+        tokenizer._limit(as_whole(config.get("vocab_size")))
         return tokenizer
+
+    def _limit(self, rows):
+        """Take ids from `rows` on, for which the model has no embedding, for unusable."""
+        if not isinstance(rows, int) or rows >= self.vocab_size:
+            return
+        self.rows = rows
+        self.special_ids["vocab_size"] = rows       # tokens on disk are for such models only
+        self.stops = [i for i in self.stops if i < rows]
+        if self.eos is not None and self.eos >= rows:
+            warnings.warn(f"the model has embeddings for {rows} ids, and its end of text in "
+                          f"{self.source} is {self.eos}: texts have no end for it.", stacklevel=3)
+            self.eos = next((i for i in self.stops if i in self.pieces), None)
+
+    def _checked(self, ids):
+        """ids, if the model has an embedding for each. Raises InputError."""
+        if beyond := sorted({i for i in ids if i >= self.rows}):
+            names = [f"{self.decode([i], special=True)!r} ({i})" for i in beyond]
+            raise InputError(f"the text has {listed(names)}, and the model has embeddings for ids "
+                             f"below {self.rows} only; leave that out, or if {self.source} belongs "
+                             "to another model, copy the right one there.")
+        return ids
 
     def _refusal(self, what, remedy="choose a model with another tokenizer"):
         return InputError(f"{self.source} {what}; {remedy}.")
@@ -222,19 +201,35 @@ class Tokenizer:
                 and not any(BLANK in piece.lstrip(BLANK) for piece in vocab)):
             # faster, and the same ids: no piece reaches into another word
             split = "words with all blanks before them"
-        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        merged = dict.fromkeys(
-            piece for piece in (left + right for left, right in merges) if piece in vocab)
-        if model.get("ignore_merges"):    # whole words are looked up first, as tiktoken does
-            merged |= dict.fromkeys(
-                piece for piece in vocab if len(piece) > 1 and piece not in merged)
+        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+        once = [*dict.fromkeys(reversed(merges))][::-1]      # of a merge that is there twice, the
+        repeated = len(once) < len(merges)                   # second counts
+        if not all(left in vocab and right in vocab and left + right in vocab
+                   for left, right in once):
+            raise self._refusal("is damaged (it merges what its vocabulary lacks)", "restore it")
+        merged = dict.fromkeys(left + right for left, right in once)
         ids = (byte_level_ids if self.over_bytes else sentencepiece_ids)(vocab, merged)
         self.split, self.ids = SPLITS[split], list(ids.values())
+        self._read_words(vocab if model.get("ignore_merges") else [], merged, vocab)
+        self.odd_merges = repeated or bool(self.words)
         self.unknown = {rank for rank, ids_of in enumerate(self.ids) if not ids_of}
         self.encoding = tiktoken.Encoding(
             str(self.source), pat_str=self.split, special_tokens={},
             mergeable_ranks={piece: rank for rank, piece in enumerate(ids)})
-        self.pieces = {i: self._spelled(piece) for piece, i in vocab.items()}
+        self.vocab, self.pieces = vocab, {i: self._spelled(piece) for piece, i in vocab.items()}
+
+    def _read_words(self, pieces, merged, vocab):
+        """self.words: bytes -> rank of those pieces that no merge makes, but a whole word may be.
+
+        tiktoken does not know them: it would make them within other words too.
+        """
+        self.words = {}
+        for piece in pieces:
+            if len(piece) > 1 and piece not in merged and (
+                    not self.over_bytes or ALPHABET.issuperset(piece)):
+                word = spell_bytes(piece) if self.over_bytes else piece.encode()
+                self.words[word] = len(self.ids)
+                self.ids.append((vocab[piece],))
 
     def _spelled(self, piece):
         """The bytes of text that a piece stands for."""
@@ -245,26 +240,16 @@ class Tokenizer:
         return piece.replace(BLANK, " ").encode()
 
     def _read_added_tokens(self, tokens):
-        """Names that stand for one token wherever they occur.
-
-        self.raw: those looked for in the text; self.normalized: in the normalized text. Each maps
-        True, with special tokens, and False, without, to {name: id}.
-        """
-        self.raw, self.normalized = ({True: {}, False: {}} for _ in range(2))
-        self.special = set()
+        """self.added, and self.special: the ids of the special ones."""
         for token in tokens:
-            name, i = token["content"], as_id(token["id"])
+            as_id(token["id"])
             for flag in ("single_word", "lstrip", "rstrip"):
                 if token.get(flag):
-                    raise self._refusal(f"marks {name} as {flag}, which is not supported here")
-            names = self.raw
-            if token.get("normalized") and self.normalizes:
-                name, names = self._normalize(name), self.normalized
-            for with_special in (True, False) if not token.get("special") else (True,):
-                names[with_special][name] = i
-            self.special |= {i} if token.get("special") else set()
-            spelled = name.replace(BLANK, " ") if names is self.normalized else name
-            self.pieces[i] = spelled.encode()
+                    raise self._refusal(
+                        f"marks {token['content']} as {flag}, which is not supported here")
+        self.added = AddedTokens(tokens, self.vocab, self._normalize if self.normalizes else None)
+        self.special = self.added.special
+        self.pieces |= {i: name.encode() for i, name in self.added.spelled.items()}
 
     def _read_template(self, post_processor):
         """self.prefix."""
@@ -297,16 +282,16 @@ class Tokenizer:
         special: names of special tokens in it become those tokens; False: they are text like any
         other. prefix: with what the template puts before a text (there: add_special_tokens).
         """
-        ids = list(self.prefix) if prefix else []
-        for at, section in cut(text, self.raw[special]):
+        ids, plain = list(self.prefix) if prefix else [], set() if special else self.special
+        for at, section in self.added.raw.cut(text, plain):
             if isinstance(section, str):
                 section = self._normalize(section) if self.normalizes else section
-                for inner_at, part in cut(section, self.normalized[special]):
+                for inner_at, part in self.added.normalized.cut(section, plain):
                     first = at + inner_at == 0
                     ids += self._encode(part, first) if isinstance(part, str) else [part]
             else:
                 ids.append(section)
-        return ids
+        return ids if self.vocab_size <= self.rows else self._checked(ids)
 
     def _encode(self, text, first):
         """The ids of text without names of tokens in it. first: it opens the whole text."""
@@ -314,29 +299,29 @@ class Tokenizer:
             text = text.replace(" ", BLANK)
             blank = self.blanks == "always" or self.blanks == "first" and first
             text = BLANK + text if blank and not text.startswith(BLANK) else text
-        try:
-            ranks = self.encoding.encode_ordinary(text)
-            if not self.unknown.isdisjoint(ranks):
-                ranks = self._encode_without_unknown(text)
-        except BaseException as error:       # a Rust panic is no Exception
-            if type(error).__name__ != "PanicException":
-                raise
-            raise InputError("the text has too many blanks in a row, hundreds of thousands; "
-                             "shorten them.") from None
+        whole = not self.words and not has_long_blanks(text)
+        ranks = self.encoding.encode_ordinary(text) if whole else []
+        if not whole or not self.unknown.isdisjoint(ranks):
+            ranks = self._encode_pieces(text)
         return [i for rank in ranks for i in self.ids[rank]]
 
-    def _encode_without_unknown(self, text):
-        """The ranks of text with bytes that the vocabulary lacks.
+    def _encode_pieces(self, text):
+        """The ranks of text, piece by piece, for what tiktoken cannot do by itself.
 
-        They vanish from the pieces, not from the text: within a piece, what stood around one may
-        merge.
+        Bytes that the vocabulary lacks vanish from the pieces, not from the text: within a piece,
+        what stood around one may merge.
         """
         import regex  # comes with tiktoken, which has no call that only splits
 
-        known = [bytes(b for b in piece.encode() if b not in self.unknown)
-                 for piece in regex.findall(self.split, text)]
-        return [rank for piece in known if piece
-                for rank in self.encoding._encode_single_piece(piece)]
+        ranks, unknown = [], bytes(self.unknown)
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")   # as tiktoken
+        for match in regex.finditer(self.split, text):
+            piece = match[0].encode()
+            if piece in self.words:
+                ranks.append(self.words[piece])
+            elif piece := piece.translate(None, unknown):
+                ranks += self.encoding._encode_single_piece(piece)
+        return ranks
 
     def token_bytes(self, ids, special=False):
         """The bytes of ids as they stand inside a text. special: with names of special tokens."""

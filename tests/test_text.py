@@ -1,11 +1,11 @@
-"""Properties of nanodmc/text.py: files of text become documents, tokens and batches."""
+"""Properties of nanodmc/text.py: documents become tokens and batches."""
 
 import gzip
+import hashlib
 import json
 import lzma
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,27 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train
-from conftest import oracle, refusal
+from conftest import edit_json, refusal
 from nanodmc import text as texts_module
-from nanodmc.files import InputError
 from nanodmc.settings import Settings
-from nanodmc.text import Text, batch, documents, encode_all, load_data
+from nanodmc.text import Text, batch, content_key, encode_all, load_data
+from nanodmc.tokenizer import Tokenizer
 from test_dmc import seeds
-
-WORDS = ["def ", "merge", "\n", "é", "🙂", " ", "append\n\n", "\x0c", "a\x0cb\n", '"', "\\"]
-TEXTS_OF_FILES = st.lists(st.lists(st.sampled_from(WORDS), max_size=30).map("".join),
-                          min_size=1, max_size=12)
 
 
 def data_settings(*paths, **changes):
     return Settings(**{"data": [str(p) for p in paths], "context": 4, "batch": 2, **changes})
-
-
-def write_packed(path, text):
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    with opener(path, "wt", encoding="utf-8", newline="") as f:
-        f.write(text)
-    return path
 
 
 def test_training_text_is_split_by_file(tmp_path):
@@ -47,38 +36,6 @@ def test_training_text_is_split_by_file(tmp_path):
     train_tokens, val_tokens = (text[0:len(text)] for text in (train_tokens, val_tokens))
     assert len(train_tokens) == 38 * 101 and len(val_tokens) == 2 * 101
     assert not (set(train_tokens) & set(val_tokens)) - {256}
-
-
-@given(TEXTS_OF_FILES, st.sampled_from(["", ".gz", ".xz"]),
-       st.sampled_from([".txt", ".jsonl", ".py"]))
-def test_every_form_of_text_gives_the_same_documents(tmp_path_factory, texts, packed, kind):
-    folder = tmp_path_factory.mktemp("forms")
-    texts = [text for text in texts if "\n\x0c\n" not in f"\n{text}\n"]
-    if kind == ".txt":
-        ended = [text if text.endswith("\n") or not text else text + "\n" for text in texts]
-        path = write_packed(folder / f"f.txt{packed}", "\x0c\n".join(ended))
-        texts = ended or [""]
-    elif kind == ".jsonl":
-        lines = "".join(json.dumps({"id": 1, "body": text}) + "\n\n" for text in texts)
-        path = write_packed(folder / f"f.jsonl{packed}", lines)
-    else:
-        texts = ["\x0c\n".join(texts)]
-        path = write_packed(folder / f"f.py{packed}", texts[0])
-    assert [text for text, _ in documents(path, "body")] == texts
-
-
-def test_zst_is_read_where_its_library_is(tmp_path, monkeypatch):
-    zstandard = oracle("zstandard")
-    path, packed = tmp_path / "f.txt.zst", zstandard.compress(b"one\n\x0c\ntwo\n" * 1000)
-    path.write_bytes(packed)
-    expected = ["one\n", *["two\none\n"] * 999, "two\n"]
-    assert [text for text, _ in documents(path, "text")] == expected
-    path.write_bytes(packed[:4] + bytes(9) + packed[13:])
-    with pytest.raises(InputError, match="damaged"):
-        list(documents(path, "text"))
-    monkeypatch.setitem(sys.modules, "zstandard", None)
-    with pytest.raises(InputError, match="pip install zstandard"):
-        next(documents(path, "text"))
 
 
 @given(seeds, st.lists(st.integers(1, 9), min_size=1, max_size=8), st.data())
@@ -137,6 +94,43 @@ def test_text_is_tokenized_once_for_its_content(tmp_path, monkeypatch, cache_of_
     assert not list(cache_of_tokens.glob("*.partial"))
 
 
+def first_key(files, tokenizer):
+    """What the first version called the tokens of these files."""
+    whole = hashlib.blake2b(json.dumps(["text", tokenizer.special_ids]).encode(), digest_size=12)
+    whole.update(tokenizer.files["tokenizer.json"])
+    for path in files:
+        whole.update(json.dumps([path.suffixes[-2:], path.stat().st_size]).encode())
+        whole.update(path.read_bytes())
+    return whole.hexdigest()
+
+
+def test_tokens_from_before_are_of_use_where_they_would_be_the_same(tmp_path, plain):
+    """Where files or ends of text are read in another way now, they are made anew."""
+    lines, tokenizer = b'{"text": "a"}\n', Tokenizer.bytes()
+    for name, content, same in [
+            ("a.py", b"x", True), ("a.txt", b"x", True), ("a.jsonl", lines, True),
+            ("a.jsonl.gz", gzip.compress(lines), True), ("a.TXT", b"x", False),
+            ("a.txt", b"\xef\xbb\xbfx", False), ("a.json.gz", gzip.compress(lines), False)]:
+        path = tmp_path / name
+        path.write_bytes(content)
+        assert (content_key([path], None, "text") == first_key([path], tokenizer)) == same, name
+    files = [tmp_path / "a.py"]
+    for i, (end, same) in enumerate([(256, True), ([7, 256], True), (0, False), (None, False)]):
+        folder = shutil.copytree(plain, tmp_path / str(i))
+        edit_json(folder / "config.json", lambda c, end=end: c.update(eos_token_id=end))
+        (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+        first = first_key(files, Tokenizer.from_folder(folder))
+        assert (content_key(files, folder, "text") == first) == same, end
+
+
+def test_a_million_blanks_stop_no_corpus(tmp_path, capfd):
+    path, texts = tmp_path / "f.jsonl", ["before", "x" + " " * 10 ** 6 + "y", "\ud800", "after"]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (arrays, done), = encode_all([path], None, "text")
+    assert [len(tokens) for tokens in arrays] == [7, 10 ** 6 + 3, 4, 6] and done == 1
+    assert capfd.readouterr().err == ""
+
+
 def test_many_processes_tokenize_like_one(tmp_path):
     paths = [tmp_path / f"{name}.jsonl.gz" for name in "ab"]
     texts = [[f"{name}{i} " * 50_000 for i in range(20)] for name in "ab"]
@@ -153,17 +147,20 @@ def test_many_processes_tokenize_like_one(tmp_path):
 
 BAD_DATA = {
     "no such pattern": (None, "", "no such file"),
-    "damaged gzip": ("f.txt.gz", b"\x1f\x8b\x08\x00aaaaaaaaaa", "damaged"),
-    "cut gzip": ("f.txt.gz", gzip.compress(os.urandom(9999).hex().encode())[:5000], "damaged"),
+    "damaged gzip": ("f.txt.gz", gzip.compress(b"text", mtime=0)[:-8] + bytes(8), "damaged"),
+    "cut gzip": ("f.txt.gz", gzip.compress(os.urandom(9999).hex().encode())[:5000], "cut short"),
     "no gzip": ("f.txt.gz", b"plain text", "cannot be read"),
-    "damaged xz": ("f.txt.xz", lzma.compress(os.urandom(9999).hex().encode())[:5000], "damaged"),
-    "no xz": ("f.txt.xz", b"plain text", "damaged"),
+    "damaged xz": ("f.txt.xz", lzma.compress(b"text")[:-30] + bytes(30), "damaged"),
+    "cut xz": ("f.txt.xz", lzma.compress(os.urandom(9999).hex().encode())[:5000], "cut short"),
+    "no xz": ("f.txt.xz", b"plain text", "cannot be read"),
     "no UTF-8": ("f.jsonl", b'{"text": "\xff"}', "not UTF-8"),
     "no JSON": ("f.jsonl", b'{"text": "a"}\n{"text": ', "in line 2"),
     "no such field": ("f.jsonl", b'{"text": "a"}\n{"body": "a"}', "no text under text in line 2"),
     "no object": ("f.jsonl", b"3", "no text under text in line 1"),
     "no text": ("f.jsonl", b'{"text": 3}', "no text under text in line 1"),
     "empty": ("f.txt", b"", "give more text"),
+    "no text at all": ("f.jsonl", b'{"text": null}', "no text in them"),
+    "no line of JSON": ("f.json.gz", gzip.compress(b""), "no text in them"),
     "an empty folder": ("sub/.hidden", b"x" * 1000, "no file to train on"),
 }
 

@@ -1,6 +1,7 @@
 """Properties of nanodmc/tokenizer.py, with tokenizers and sentencepiece as oracles."""
 
 import codecs
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from conftest import TEXTS, edit_json, oracle
 from nanodmc import checkpoint
 from nanodmc.files import InputError
-from nanodmc.text import standard_library
+from nanodmc.text import content_key, standard_library
 from nanodmc.tokenizer import SPLITS, Tokenizer
 
 
@@ -252,6 +253,9 @@ BAD_TOKENIZERS = {
     "no model": (lambda t: t.pop("model"), "damaged"),
     "no vocabulary": (lambda t: t["model"].pop("vocab"), "damaged"),
     "merges of one": (changed_model(merges=["a"]), "damaged"),
+    "a merge of nothing": (changed_model(merges=["a "]), "merges what its vocabulary lacks"),
+    "a merge without its piece": (changed_model(merges=["a b"]), "what its vocabulary lacks"),
+    "a merge without a part": (changed_model(merges=["ab c"]), "merges what its vocabulary lacks"),
     "an id no number": (added(id="x"), "damaged"),
     "an id negative": (changed_model(vocab={"a": -1}), "damaged"),
     "bytes missing for the fallback": (
@@ -270,20 +274,180 @@ def test_tokenizers_that_are_not_known_are_refused_by_name(tmp_path, case):
     assert "\n" not in str(refused.value) and str(tmp_path) in str(refused.value)
 
 
+# ------------------------------------------------------------------------------------ end of text
+
 def test_ends_of_text_are_gathered(tmp_path, plain):
     folder = shutil.copytree(plain, tmp_path / "model")
     edit_json(folder / "config.json", lambda c: c.update(eos_token_id=[3, 256]))
     (folder / "generation_config.json").write_text('{"eos_token_id": [256, 7]}')
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    (folder / "special_tokens_map.json").write_text('{"eos_token": {"content": "A"}}')
     tokenizer = Tokenizer.from_folder(folder)
-    assert tokenizer.stops == [3, 256, 7] and tokenizer.eos == 3
+    assert tokenizer.stops == [3, 256, 7, 65] and tokenizer.eos == 3
     checkpoint.save(checkpoint.load(plain), tmp_path / "again", tokenizer)
     again = Tokenizer.from_folder(tmp_path / "again")
     assert again.stops == tokenizer.stops and again.files == tokenizer.files
+
+
+NAMED = {
+    "config.json": [{"eos_token_id": 0}, {"eos_token_id": [0]}, {"eos_token_id": "0"},
+                    {"eos_token_id": 0.0}],
+    "generation_config.json": [{"eos_token_id": 0}, {"eos_token_id": [0, 256]}],
+    "tokenizer_config.json": [{"eos_token": "\u0100"},
+                              {"eos_token": {"content": "\u0100", "special": True}}],
+    "special_tokens_map.json": [{"eos_token": "\u0100"}, {"eos_token": {"content": "\u0100"}}],
+}
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("name", NAMED)
+def test_the_end_of_text_may_stand_in_any_file(tmp_path, plain, name, mark):
+    """Even if it is the id 0, which SmolLM2 has; the piece of that id is written U+0100."""
+    folder = shutil.copytree(plain, tmp_path / "model")
     edit_json(folder / "config.json", lambda c: c.pop("eos_token_id"))
-    (folder / "generation_config.json").unlink()
-    assert Tokenizer.from_folder(folder).eos is None
+    facts = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    for named in NAMED[name]:
+        (folder / name).write_text(mark + json.dumps(facts | named), encoding="utf-8")
+        tokenizer = Tokenizer.from_folder(folder)
+        assert tokenizer.eos == tokenizer.stops[0] == 0
+    checkpoint.save(checkpoint.load(plain), tmp_path / "again", tokenizer)
+    assert Tokenizer.from_folder(tmp_path / "again").stops == tokenizer.stops
 
 
-def test_too_many_blanks_in_a_row_are_refused():
-    with pytest.raises(InputError, match="blanks in a row"):
-        Tokenizer.bytes().encode(" " * 3_000_000 + "x")
+NO_END = [None, -1, [], 1.5, "</s>", True, {}, 10 ** 9]
+
+
+@pytest.mark.parametrize("named", NO_END)
+def test_who_has_no_end_of_text_is_warned(tmp_path, plain, named):
+    folder = shutil.copytree(plain, tmp_path / "model")
+    edit_json(folder / "config.json", lambda c: c.update(eos_token_id=named))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "no such token"}')
+    with pytest.warns(UserWarning, match="names no token that ends a text"):
+        assert Tokenizer.from_folder(folder).eos is None
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+def test_a_damaged_file_beside_the_tokenizer_is_named(tmp_path, plain, name):
+    folder = shutil.copytree(plain, tmp_path / "model")
+    for content, damaged in (("{", True), ("[" * 99_999, True), ("[]", False), ("null", False)):
+        (folder / name).write_text(content)
+        if damaged:
+            with pytest.raises(InputError, match=rf"{name} is damaged; restore it"):
+                Tokenizer.from_folder(folder)
+        else:
+            assert Tokenizer.from_folder(folder).eos == 256
+
+
+# ---------------------------------------------------------------------------- what files may hold
+
+def added_token(content, i=257, **flags):
+    return {"id": i, "content": content, "special": False, "normalized": False,
+            "single_word": False, "lstrip": False, "rstrip": False, **flags}
+
+
+NAME, SPECIAL_NAME = added_token("xx"), added_token("xx", special=True)
+ODD = {                          # what is appended to the added tokens of the 256 bytes
+    "no characters": [added_token("")],
+    "no characters, special": [added_token("", special=True), added_token("xx", 258)],
+    "no characters, normalized": [added_token("", normalized=True)],
+    "a gap before an id": [added_token("xx", 300)],
+    "ids in another order": [added_token("xx", 300), added_token("yy", 258)],
+    "the same name twice": [NAME, added_token("xx", 258), added_token("y", 259)],
+    "special the second time": [NAME, SPECIAL_NAME],
+    "special the first time": [SPECIAL_NAME, NAME],
+    "normalized the second time": [NAME, added_token("xx", normalized=True)],
+    "one id twice": [NAME, added_token("yy")],
+    "a piece of the vocabulary": [added_token("a"), added_token("b", 98), added_token("yy", 5)],
+    "a blank": [added_token(" "), added_token("\n", 258)],
+    "one within another": [NAME, added_token("xxx", 258), added_token("x", 259)],
+    "two that overlap": [added_token("ab"), added_token("bcd", 258)],
+    "a special one within": [added_token("<|endoftext|>!")],
+    "within a special one": [added_token("text"), added_token("|>!", 258)],
+    "normalized first": [added_token("xx", normalized=True), added_token("x", 258)],
+    "normalized second": [NAME, added_token("x", 258, normalized=True)],
+    "patterns": [added_token("x|y"), added_token(".*", 258), added_token("\\", 259)],
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+@given(text=st.one_of(TEXTS, st.text("xyab <\n|", max_size=9),
+                      st.lists(st.sampled_from(["<|endoftext|>", "!", "x", "ab", "cd", ".*", "x|y"])
+                               ).map("".join)))
+@settings(max_examples=40)
+def test_odd_added_tokens_are_those_of_the_tokenizers_library(case, text):
+    ours, theirs = odd_pair(case)
+    for special in (True, False):
+        theirs.encode_special_tokens = not special
+        assert ours.encode(text, special=special) == theirs.encode(text).ids
+
+
+@functools.cache
+def odd_pair(case):
+    facts = json.loads(Tokenizer.bytes().files["tokenizer.json"])
+    facts["added_tokens"] += ODD[case]
+    text = json.dumps(facts)
+    theirs = oracle("tokenizers").Tokenizer.from_str(text)
+    return Tokenizer({"tokenizer.json": text.encode()}), theirs
+
+
+MERGES = {
+    "a merge twice": (["ab", "bc"], {"merges": [["a", "b"], ["b", "c"], ["a", "b"]]}),
+    "words that no merge makes": (["ab", "abc", "bca", "\u0120a", "é", "\u4f60"],
+                                  {"merges": [["a", "b"]], "ignore_merges": True}),
+    "words, not looked up": (["ab", "abc", "bca"], {"merges": [["a", "b"]]}),
+    "nothing but words": (["abc", "bca", "aa"], {"merges": [], "ignore_merges": True}),
+    "two ways to a piece": (["ab", "bc", "abc"], {
+        "merges": [["a", "b"], ["b", "c"], ["ab", "c"], ["a", "bc"]]}),
+}
+
+
+@pytest.mark.parametrize("case", MERGES)
+@given(text=st.text("abc \u00e9\u4f60", max_size=9))
+def test_odd_merges_are_those_of_the_tokenizers_library(case, text):
+    ours, theirs = merging_pair(case)
+    assert ours.encode(text) == theirs.encode(text).ids
+
+
+@functools.cache
+def merging_pair(case):
+    facts, (pieces, model) = json.loads(Tokenizer.bytes().files["tokenizer.json"]), MERGES[case]
+    facts["model"]["vocab"] |= {piece: 300 + i for i, piece in enumerate(pieces)
+                                if piece not in facts["model"]["vocab"]}
+    facts["model"] |= model
+    theirs = oracle("tokenizers").Tokenizer.from_str(json.dumps(facts))
+    return Tokenizer({"tokenizer.json": json.dumps(facts).encode()}), theirs
+
+
+def test_oddities_have_another_name_in_the_cache(tmp_path, plain):
+    """Tokens on disk from before are of no use where they would be others now."""
+    text = tmp_path / "f.py"
+    text.write_text("hi")
+    keys = set()
+    for tokens in ([], [added_token("")]):
+        folder = shutil.copytree(plain, tmp_path / str(len(tokens)))
+        edit_json(folder / "tokenizer.json", lambda t, new=tokens: t["added_tokens"].extend(new))
+        assert Tokenizer.from_folder(folder).added.oddities == bool(tokens)
+        keys.add(content_key([text], folder, "text"))
+    assert len(keys) == 2
+
+
+BLANKS = ["ab  " + " " * 10 ** 6 + "x", "y}" + "\n" * 700_000 + "12", "}" + " \t\n" * 250_000 + "é",
+          " " * 700_000, "a" + "\xa0\u3000" * 300_000 + "<s>"]
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "SmolLM2", "Llama 3", "Llama 2"])
+def test_a_million_blanks_are_tokens_like_others(trained, name, capfd):
+    """With the ids of the tokenizers library, and without a panic of tiktoken on the screen."""
+    ours, theirs = trained(name)
+    theirs.encode_special_tokens = False
+    for text in BLANKS if name == "Llama 3" else BLANKS[:2]:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["GPT-2, bytes missing", "Llama 3", "Llama 2"])
+def test_half_a_surrogate_pair_is_no_character(trained, name):
+    """JSON can spell one. With or without many blanks, it is U+FFFD."""
+    for blanks in ("", " " * 2 ** 17):
+        assert trained(name)[0].encode(f"a\ud800{blanks}") == trained(name)[0].encode(
+            f"a\ufffd{blanks}")
