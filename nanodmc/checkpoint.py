@@ -8,9 +8,10 @@ import warnings
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import dmc
@@ -22,6 +23,7 @@ from nanodmc.files import (
     listed,
     one_line,
     read_json,
+    reason,
     write_atomically,
     write_json,
 )
@@ -98,27 +100,70 @@ def weight_files(path):
                      "give the folder of a checkpoint.")
 
 
+OTHER_FILES = {         # how what is found in the place of weights begins, and what to say of it
+    LFS_POINTER.lower().encode(): "a git-lfs pointer, not the weights; run git lfs pull there",
+    b"<!doctype": "a web page, not the weights; fetch the file itself",
+    b"<html": "a web page, not the weights; fetch the file itself",
+    b"gguf": "in the GGUF format; fetch the model's safetensors"}
+ZIP = b"PK\x03\x04"     # how torch.save's files begin, but for those of its old format
+
+
 def read_weights(file):
-    """The tensors in a file, by name and mapped to it, and the config.json that `save` put in."""
+    """The tensors in a file, by name, and the config.json that `save` put in, or None.
+
+    They stay mapped to the file, unless that is in PyTorch's old format, which is read whole.
+    Raises InputError for what cannot be read, is damaged, or holds more than weights.
+    """
     try:
         with file.open("rb") as f:
-            if f.read(len(LFS_POINTER)) == LFS_POINTER.encode():
-                raise InputError(f"{file} is a git-lfs pointer, not the weights; "
-                                 f"run git lfs pull in {file.parent}.")
+            start = f.read(64)
+        for beginning, says in OTHER_FILES.items():
+            if start.lower().startswith(beginning):
+                raise InputError(f"{file} is {says}.")
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as f:
                 tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - no dict
                 return tensors, json.loads((f.metadata() or {}).get("config", "null"))
-        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)  # no code
-        if not all(isinstance(w, torch.Tensor) for w in tensors.values()):
-            raise TypeError("not all of it is tensors")
-        return tensors, None
+        tensors = torch.load(file, map_location="cpu", weights_only=True,       # no code
+                             mmap=start.startswith(ZIP))
     except InputError:
         raise
-    except Exception as error:      # torch and safetensors raise many kinds for a damaged file
-        raise InputError(f"{file} is truncated, damaged, or holds more than weights "
-                         f"({type(error).__name__}: {one_line(error)}); "
-                         "fetch or write it anew.") from None
+    except Exception as error:      # torch and safetensors raise many kinds
+        raise InputError(f"{file} {what_is_wrong(error)}.") from None
+    if not isinstance(tensors, dict):
+        raise InputError(f"{file} holds a {type(tensors).__name__}, not tensors by their names; "
+                         "save the model's state_dict.")
+    if others := [f"{name} ({type(w).__name__})" for name, w in tensors.items()
+                  if not isinstance(w, torch.Tensor)]:
+        raise InputError(f"{file} holds more than weights, not all of it is tensors: "
+                         f"{listed(others)}; save the model's state_dict.")
+    return tensors, None
+
+
+def what_is_wrong(error):
+    """What an exception says about the file of weights that could not be read, and what to do."""
+    inner = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))     # below much advice
+    says = f"({type(error).__name__}: {one_line(inner[1] if inner else error)})"
+    if isinstance(error, OSError):
+        return f"cannot be read ({reason(error)}); make it readable, or fetch it anew"
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return f"does not fit into memory {says}; free some, or choose a smaller model"
+    if "Dtype not understood" in str(error):        # safetensors: a dtype that PyTorch lacks
+        return f"has quantized weights {says}; fetch them in bf16 or fp32"
+    if code := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"holds more than weights: {code[1]}; save the model's state_dict"
+    if "TorchScript" in str(error):
+        return "is a TorchScript program, not weights; save the model's state_dict"
+    if re.search("unsupported class|unrecognized function|Can only build", str(error)):
+        return f"holds more than weights {says}; save the model's state_dict"
+    if isinstance(error, UnpicklingError) or "Invalid magic number" in str(error):
+        return (f"is truncated or damaged, or was not written by torch.save {says}; "
+                "fetch or write it anew")
+    damage = "unexpected EOF|failed reading (zip|file)|corrupt"
+    kinds = SafetensorError | EOFError | json.JSONDecodeError
+    if isinstance(error, kinds) or re.search(damage, str(error)):
+        return f"is truncated or damaged {says}; fetch or write it anew"
+    return f"cannot be understood as weights {says}; fetch them as safetensors"
 
 
 def load(path, ops=dmc, device=None, dtype=None, **changes):
@@ -202,14 +247,25 @@ def random_model(config, ops=dmc, device=None, dtype=torch.bfloat16):
         torch.set_default_dtype(before)
 
 
+def folder_of(file):
+    """The folder whose checkpoint a file belongs to. Raises InputError where it does not."""
+    with suppress(InputError):
+        if file in weight_files(file.parent) or file.suffix == ".json":
+            return file.parent
+    raise InputError(f"{file} is no folder, and no file of the checkpoint that is loaded from its "
+                     "folder; give the folder of a checkpoint.")
+
+
 def locate(name):
     """The folder of a checkpoint: `name` itself, or the place of llama2-7b or org/name in a cache.
 
-    That is Hugging Face's. A model that is not in it is fetched if huggingface_hub is installed.
-    Raises InputError where that is impossible.
+    A file of a checkpoint stands for its folder. The cache is Hugging Face's; a model that is not
+    in it is fetched if huggingface_hub is installed. Raises InputError where that is impossible.
     """
     if Path(name).is_dir():
         return Path(name)
+    if Path(name).is_file():
+        return folder_of(Path(name))
     repo = f"meta-llama/{name.replace('llama2', 'Llama-2')}-hf" if name in SHAPES else name
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or Path(name).exists():
         raise InputError(f"{name} is no folder, and no model's name; give the folder of a "
@@ -230,7 +286,11 @@ def locate(name):
             f"{name} is no folder, and {repo} is not in {cache}; fetch it with: "
             f"{installing('huggingface_hub')} && {fetch} '*.json' '*.safetensors'") from None
     try:
-        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors"]))
+        for patterns in (["*.json", "*.safetensors"], ["*.json", "pytorch_model*.bin"]):
+            folder = Path(snapshot_download(repo, allow_patterns=patterns))
+            if any(folder.glob("*.safetensors")):
+                break                                   # older models have pickles only
+        return folder
     except Exception as error:      # its many kinds: no network, no such model, no licence accepted
         raise InputError(
             f"{repo} could not be fetched ({type(error).__name__}: {one_line(error)}); "
@@ -239,8 +299,11 @@ def locate(name):
 
 def runs_by_number():
     """The folders runs/1, runs/2, ... that exist, in order."""
-    runs = (p for p in Path("runs").glob("*") if p.name.isdigit())
+    runs = (p for p in Path("runs").glob("*") if re.fullmatch("[0-9]+", p.name))
     return sorted(runs, key=lambda p: int(p.name))
+
+
+COMPRESSED = re.compile(r"cr([0-9]+(?:\.[0-9]+)?(?:e\+[0-9]+)?)")      # what runs name a model
 
 
 def find_checkpoint(name):
@@ -249,8 +312,9 @@ def find_checkpoint(name):
     Raises InputError where there is none.
     """
     for run in [Path(name)] if name else reversed(runs_by_number()):
-        if kept := [p.parent for p in run.glob("cr*/config.json")]:
-            return max(kept, key=lambda folder: float(folder.name[2:]))
+        names = {p.parent: COMPRESSED.fullmatch(p.parent.name) for p in run.glob("cr*/config.json")}
+        if kept := [folder for folder, name in names.items() if name]:
+            return max(kept, key=lambda folder: float(names[folder][1]))
     if not name:
         raise InputError("there is no finished run in runs; train one with "
                          f"{typed('train.py')}, or name a model with --ckpt.")

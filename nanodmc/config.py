@@ -1,6 +1,7 @@
 """The Config of a model: sizes that are checked, known shapes, and Hugging Face's config.json."""
 
-import math
+import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,14 @@ IN_CONFIG_JSON = {
     "max_seq_len": "max_position_embeddings", "head_dim": "head_dim", "norm_eps": "rms_norm_eps",
     "rope_theta": "rope_theta", "rope_scaling": "rope_scaling",
     "tie_embeddings": "tie_word_embeddings"}
+WHOLE = ("vocab_size", "n_layer", "n_head", "n_kv_head", "dim", "ffn_dim", "max_seq_len")
+DEFAULTS = {                    # Hugging Face's, for what a config.json may leave out
+    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+    "mistral": {"rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "num_key_value_heads": 8,
+                "sliding_window": 4096}}
 UNSUPPORTED = {
     "attention_bias": "attention bias", "mlp_bias": "bias in its MLP",
-    "sliding_window": "sliding-window attention", "quantization_config": "quantized weights",
-    "num_local_experts": "a mixture of experts"}
+    "quantization_config": "quantized weights", "num_local_experts": "a mixture of experts"}
 ROPE_NUMBERS = {                # what each type of rotary embedding needs
     "default": (), "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
@@ -36,9 +41,8 @@ def checked_config(**values):
     """The Config with these values. Raises InputError where one is impossible, or two disagree."""
     head_dim = values.get("head_dim")             # with a number here, Config computes nothing
     config = dmc.Config(**{**values, "head_dim": 0 if head_dim is None else head_dim})
-    for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "dim", "ffn_dim", "max_seq_len"):
-        n = getattr(config, name)
-        if not isinstance(n, int) or n < 1:
+    for name in WHOLE:
+        if not is_whole(n := getattr(config, name)):
             raise InputError(f"{name} is {n!r}; give a whole number of at least 1.")
     if config.n_head % config.n_kv_head:
         raise InputError(
@@ -49,16 +53,29 @@ def checked_config(**values):
             raise InputError(f"dim {config.dim} is no multiple of {config.n_head} heads; "
                              "choose one, or give head_dim.")
         config = replace(config, head_dim=config.dim // config.n_head)
-    if config.head_dim < 4 or config.head_dim % 2:
+    if not is_whole(config.head_dim) or config.head_dim < 4 or config.head_dim % 2:
         raise InputError(f"head_dim is {config.head_dim}; rotary embedding needs an even number, "
                          "of at least 4 here.")
-    if config.window is not None and config.window < 1:
+    if config.window is not None and not is_whole(config.window):
         raise InputError(
             f"window is {config.window}; give at least 1, or None for the whole segment.")
+    for name in ("norm_eps", "tau", "c"):
+        if not is_finite(x := getattr(config, name)):
+            raise InputError(f"{name} is {x!r}; give a number.")
     if not config.tau > 0:
         raise InputError(f"tau is {config.tau}; a temperature is above 0.")
     check_rope(config)
     return config
+
+
+def is_whole(value):
+    """Whether a value is a whole number of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def is_finite(value):
+    """Whether a value is a number that a float can hold."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def check_rope(config):
@@ -68,7 +85,7 @@ def check_rope(config):
                          f"only {', '.join(ROPE_NUMBERS)} work here.")
     numbers = {name: scaling.get(name) for name in ROPE_NUMBERS[kind]}
     for name, value in {"rope_theta": config.rope_theta, **numbers}.items():
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
+        if not is_finite(value) or not value > 0:
             raise InputError(f"{name} of the rotary embedding is {value}; give a number above 0.")
 
 
@@ -93,24 +110,48 @@ def config_to_json(config, **facts):
     return {**kind, "hidden_act": "silu", **values, **facts}
 
 
+def as_number(value):
+    """The number that a text such as "256" or "1e-5" is; any other value as it is."""
+    if isinstance(value, str):
+        for kind in (int, float):
+            with suppress(ValueError):
+                return kind(value)
+    return value
+
+
+def as_whole(value):
+    """The whole number that "256", 256.0 or "256.0" is; any other value as it is."""
+    value = as_number(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def as_flag(value):
+    """Whether a switch is on, also where it is a text such as "false"."""
+    if isinstance(value, str):
+        return value.strip().lower() not in ("false", "no", "off", "none", "null", "0", "")
+    return bool(value)
+
+
 def config_from_json(facts, source="config.json"):
     """The Config that a config.json holds. Raises InputError for damage and for other models."""
     try:
         refuse_other_models(facts, source)
+        facts = DEFAULTS.get(facts["model_type"], DEFAULTS["llama"]) | facts
         values = {ours: facts[theirs] for ours, theirs in IN_CONFIG_JSON.items()
                   if facts.get(theirs) is not None}
         values.setdefault("n_kv_head", values.get("n_head"))
-        values.setdefault("norm_eps", 1e-6)                 # the default of Hugging Face's Llama
-        # the newer layout, or the older one; in that, an older name of the type
-        rope = dict(facts.get("rope_parameters") or facts.get("rope_scaling") or {})
-        values["rope_theta"] = rope.pop("rope_theta", values.get("rope_theta", 10000.0))
-        kind = rope.pop("type", rope.pop("rope_type", None if rope else "default"))
-        values["rope_scaling"] = {"rope_type": kind, **rope} if kind != "default" else None
+        values |= {name: as_whole(values[name]) for name in (*WHOLE, "head_dim") if name in values}
+        values |= rope_values(facts, values.get("max_seq_len"))
+        values["norm_eps"] = as_number(values.get("norm_eps", 1e-6))
+        values["tie_embeddings"] = as_flag(values.get("tie_embeddings"))
+        check_window(facts, values.get("max_seq_len"), source)
         section = facts.get("dmc") or {}
         if section and section.get("method") != "dmc":
             raise InputError(
                 f"{source} names the method {section.get('method')}; only dmc is known here.")
-        values |= {name: section[name] for name in ("window", "tau", "c") if section}
+        if section:
+            values |= {"window": as_whole(section["window"]), "tau": as_number(section["tau"]),
+                       "c": as_number(section["c"])}
         return checked_config(dmc=bool(section), **values)
     except InputError:
         raise
@@ -119,18 +160,42 @@ def config_from_json(facts, source="config.json"):
                          "restore it.") from None
 
 
+def rope_values(facts, max_seq_len):
+    """rope_theta and rope_scaling of the Config, from a config.json in the newer or older layout.
+
+    Where it has both, Hugging Face takes the older one; of two names of the type, the newer.
+    """
+    rope = dict(facts.get("rope_scaling") or facts.get("rope_parameters") or {})
+    theta = rope.pop("rope_theta", facts.get("rope_theta"))
+    kind = rope.pop("rope_type", rope.pop("type", None if rope else "default"))
+    rope = {name: as_number(value) for name, value in rope.items()}
+    if kind == "llama3":
+        rope.setdefault("original_max_position_embeddings", max_seq_len)
+    return {"rope_theta": 10000.0 if theta is None else as_number(theta),
+            "rope_scaling": {"rope_type": kind, **rope} if kind != "default" else None}
+
+
+def check_window(facts, max_seq_len, source):
+    """Raises InputError where attention slides; a window as long as the context does not."""
+    window = as_whole(facts.get("sliding_window"))
+    slides = facts["model_type"] == "mistral" and window is not None    # Llama knows no such entry
+    if slides and window < max_seq_len:
+        raise InputError(f"{source} describes a model with sliding-window attention, "
+                         "which is not supported here; choose another one.")
+
+
 def refuse_other_models(facts, source):
     """Raises InputError, by name, for what this Llama does not have."""
     if (kind := facts.get("model_type")) not in ("llama", "mistral", MODEL_TYPE):
         raise InputError(f"{source} describes a model of type {kind}; "
                          "only Llama-family ones (llama, mistral) work here.")
-    asked = {feature for key, feature in UNSUPPORTED.items() if facts.get(key)}
-    if (facts.get("partial_rotary_factor") or 1) != 1:
+    asked = {feature for key, feature in UNSUPPORTED.items() if as_flag(facts.get(key))}
+    if as_number(facts.get("partial_rotary_factor") or 1) != 1:
         asked.add("partial rotary embedding")
     if asked:
         raise InputError(f"{source} describes a model with {min(asked)}, "
                          "which is not supported here; choose another one.")
-    if (act := facts.get("hidden_act", "silu")) != "silu":
+    if (act := facts.get("hidden_act", "silu")) not in ("silu", "swish"):       # two names for it
         raise InputError(f"{source} names the activation {act}; only silu is supported here.")
 
 

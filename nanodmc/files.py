@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +24,13 @@ def one_line(error):
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
+def reason(error):
+    """Why an operation failed: the system's words where it has some, else the exception's."""
+    if number := re.search(r"\(os error (\d+)\)", str(error)):          # as Rust tells it
+        return os.strerror(int(number[1]))
+    return getattr(error, "strerror", None) or one_line(error) or type(error).__name__
+
+
 def listed(names, limit=4):
     """The names in a row; of more than `limit` the first ones, "and 3 more"."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
@@ -31,22 +40,31 @@ def listed(names, limit=4):
 def write_atomically(path, write):
     """Call write(temporary path), then move the file into place.
 
-    A reader of `path` sees the old file or the new one, never a part. Raises InputError where the
-    folder cannot be written or the disk is full; the old file is untouched then.
+    A reader of `path` sees the old file or the new one, never a part. Its permissions are those
+    of any new file, whatever `write` made of them. Raises InputError where the folder cannot be
+    written, the disk is full, or `path` is no file; what was there is untouched then.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".partial")
+    temporary = Path(f"{path}.partial")
     try:
+        if path.exists() and not path.is_file():    # or root would put a file in a device's place
+            raise InputError(f"{path} is a folder or a device, no file; give the name of a file.")
         path.parent.mkdir(parents=True, exist_ok=True)
+        if temporary.exists():          # from a kill, with permissions of its own
+            temporary.unlink()
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)       # what the umask allows
         write(temporary)
         with temporary.open("rb") as f:
             os.fsync(f.fileno())
+        with suppress(OSError):         # some file systems have no permissions
+            temporary.chmod(mode)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             temporary.unlink()
         raise InputError(
-            f"{path} cannot be written ({getattr(error, 'strerror', None) or error}); "
+            f"{path} cannot be written ({reason(error)}); "
             "choose another folder or free some space.") from None
 
 
@@ -56,39 +74,48 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """The value in a JSON file.
+    """The value in a JSON file, in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
 
-    Raises InputError where the file is missing, damaged, or a pointer that git-lfs left in its
-    place.
+    Raises InputError where the file is missing, unreadable, damaged, or a pointer that git-lfs
+    left in its place.
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        if text.startswith(LFS_POINTER):
+        content = path.read_bytes()
+        if content.startswith(LFS_POINTER.encode()):
             raise InputError(f"{path} is a git-lfs pointer, not the file itself; "
                              f"run git lfs pull in {path.parent}.")
-        return json.loads(text)
+        return json.loads(content)
     except FileNotFoundError:
         raise InputError(
             f"{path} is missing; give the folder of a run or of a checkpoint.") from None
-    except (OSError, RecursionError, json.JSONDecodeError, UnicodeDecodeError):
-        raise InputError(f"{path} is damaged; restore it, or give another folder.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({reason(error)}); "
+                         "make it readable, or give another folder.") from None
+    except InputError:
+        raise
+    except (RecursionError, ValueError) as error:       # ValueError: no JSON, or no text at all
+        raise InputError(f"{path} is damaged ({one_line(error)}); "
+                         "restore it, or give another folder.") from None
 
 
 def read_lines(path):
     """The lines of a file; none where it cannot be read."""
     try:
-        return Path(path).read_text().splitlines()
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
 
 
 def read_text(path, source="--data"):
-    """The text in a file that the flag `source` named. Raises InputError."""
+    """The text in a file that the flag `source` named, without a byte order mark.
+
+    Raises InputError.
+    """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); check {source}.") from None
+        raise InputError(f"{path} cannot be read ({reason(error)}); check {source}.") from None
     except UnicodeDecodeError:
         raise InputError(
             f"{path} is not UTF-8 text; convert it, or leave it out of {source}.") from None

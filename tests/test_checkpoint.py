@@ -4,12 +4,14 @@ import contextlib
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import subprocess
 import sys
 import time
 import types
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,10 +20,11 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 import generate
 import train
-from conftest import POINTER, RETROFIT, edit_json, largest_error, oracle, refusal
+from conftest import POINTER, RETROFIT, edit_json, largest_error, lines_of, oracle, refusal
 from dmc import Transformer
 from nanodmc import checkpoint
 from nanodmc.checkpoint import load, save
@@ -147,6 +150,34 @@ def test_damaged_checkpoints_are_refused_in_a_sentence(tmp_path_factory, at, byt
             assert "\n" not in str(error)
 
 
+def test_a_file_that_is_sound_is_not_called_damaged(tmp_path, plain, monkeypatch):
+    folder = shutil.copytree(plain, tmp_path / "model")
+    faults = {"does not fit into memory": RuntimeError("can't allocate memory: you tried 9 bytes"),
+              "cannot be read (Permission denied)": PermissionError(13, "Permission denied"),
+              "has quantized weights": SafetensorError("Dtype not understood: F6_E2M3"),
+              "cannot be understood as weights (KeyError": KeyError("a fault of a library")}
+    for says, fault in faults.items():
+        def fails(*args, fault=fault, **kwargs):
+            raise fault
+
+        monkeypatch.setattr(checkpoint, "safe_open", fails)
+        with pytest.raises(InputError) as refused:
+            load(folder)
+        assert says in str(refused.value) and "damaged" not in str(refused.value)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_all_files_of_a_checkpoint_have_the_permissions_that_the_umask_allows(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        for size in (10 ** 9, 2000):
+            save(Transformer(config_of()), tmp_path / str(size), Tokenizer.bytes(), size)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("*/*")}
+    assert len(modes) > 5 and set(modes.values()) == {0o666 & ~umask}, modes
+
+
 def test_checkpoint_of_another_shape_is_refused(tmp_path):
     model = Transformer(config_of(n_layer=1))
     model.lm_head = torch.nn.Linear(16, 28, bias=False)
@@ -217,7 +248,7 @@ def test_half_precision_is_as_good_as_transformers(tmp_path):
 
 def in_other_forms(folder, model):
     """Folders with the same weights: in shards, pickled, pickled in shards, and with a
-    configuration in the older style."""
+    configuration in the older style, in torch.save's format before PyTorch 1.6."""
     model.save_pretrained(folder / "shards", max_shard_size="10KB")
     assert (folder / "shards/model.safetensors.index.json").is_file()
     facts = json.loads((folder / "shards/config.json").read_text())
@@ -236,7 +267,7 @@ def in_other_forms(folder, model):
     old = {**facts, "rope_theta": theta, "rope_scaling": scaling}
     del old["head_dim"]
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)   # as in old ones
-    torch.save(weights, folder / "old/pytorch_model.bin")
+    torch.save(weights, folder / "old/pytorch_model.bin", _use_new_zipfile_serialization=False)
     newer = facts | {"rope_parameters": {**scaling, "rope_theta": theta}}
     for name, config in (("pickled", newer), ("pickled-shards", old), ("old", old)):
         (folder / name / "config.json").write_text(json.dumps(config))
@@ -354,16 +385,27 @@ def index_of(text):
     return instead("model.safetensors.index.json", lambda path: path.write_text(text))
 
 
-def pickle_of(value):
-    return instead("pytorch_model.bin", lambda path: torch.save(value, path))
+def pickle_of(value, old=False, cut=0):
+    """old: in torch.save's format before PyTorch 1.6. cut: how many bytes are missing."""
+    def write(path):
+        torch.save(value, path, _use_new_zipfile_serialization=not old)
+        path.write_bytes(path.read_bytes()[:path.stat().st_size - cut])
+    return instead("pytorch_model.bin", write)
+
+
+def program(path):
+    """What torch.jit.save writes, as far as torch.load looks at it."""
+    with zipfile.ZipFile(path, "w") as file:
+        for name in ("version", "constants.pkl"):
+            file.writestr(f"program/{name}", "3")
 
 
 NORM = "model.norm.weight"
 Q_BIAS = "model.layers.0.self_attn.q_proj.bias"
 BAD_CHECKPOINTS = {
-    "header length": (with_length(2 ** 62), "truncated, damaged"),
-    "header length just too large": (with_length(99_000_000), "truncated, damaged"),
-    "header length zero": (with_length(0), "truncated, damaged"),
+    "header length": (with_length(2 ** 62), "truncated or damaged"),
+    "header length just too large": (with_length(99_000_000), "truncated or damaged"),
+    "header length zero": (with_length(0), "truncated or damaged"),
     "offsets beyond the file": (with_norm(data_offsets=[0, 2 ** 50]), "damaged"),
     "offsets reversed": (lambda f: with_header(f, lambda h: h[NORM]["data_offsets"].reverse()),
                          "damaged"),
@@ -389,13 +431,14 @@ BAD_CHECKPOINTS = {
     "sizes enormous": (configured(hidden_size=2 ** 50, head_dim=2 ** 20), "sizes beyond"),
     "a size negative": (configured(hidden_size=-16), "dim is -16"),
     "a size no number": (configured(hidden_size="sixteen"), "dim is 'sixteen'"),
+    "norm_eps no number": (configured(rms_norm_eps="small"), "norm_eps is 'small'"),
     "a size missing": (with_config(lambda path: edit_json(path, lambda c: c.pop("hidden_size"))),
                        "dim"),
     "another architecture": (configured(model_type="gpt2"), "type gpt2"),
     "no architecture": (configured(model_type=None), "type None"),
     "attention bias": (configured(attention_bias=True), "attention bias"),
     "MLP bias": (configured(mlp_bias=True), "bias in its MLP"),
-    "sliding window": (configured(sliding_window=4096), "sliding-window"),
+    "sliding window": (configured(model_type="mistral", sliding_window=16), "sliding-window"),
     "quantized": (configured(quantization_config={"quant_method": "gptq"}), "quantized"),
     "another activation": (configured(hidden_act="gelu"), "gelu"),
     "another rotary embedding": (configured(rope_scaling={"rope_type": "yarn", "factor": 4.0}),
@@ -419,13 +462,30 @@ BAD_CHECKPOINTS = {
     "an index without map": (index_of("{}"), "no index"),
     "an index that leaves the folder": (index_of('{"weight_map": {"a": "../../secret"}}'),
                                         "lacks secret"),
-    "pickled code": (pickle_of({"a": Transformer}), "more than weights"),
-    "pickled numbers": (pickle_of({"a": 1}), "not all of it is tensors"),
+    "a web page": (with_file("model.safetensors", b"<!DOCTYPE html><html>Log in"), "a web page"),
+    "another format": (with_file("model.safetensors", b"GGUF\3\0\0\0" + bytes(90)), "GGUF"),
+    "pickled code": (pickle_of({"a": Transformer}), "more than weights: dmc.Transformer;"),
+    "pickled numbers": (pickle_of({"a": 1}), "not all of it is tensors: a .int"),
+    "pickled weights among others": (pickle_of({"model": {"a": torch.ones(1)}, "step": 3}),
+                                     "not all of it is tensors: model .dict., step .int.;"),
+    "a pickled tensor": (pickle_of(torch.ones(3)), "holds a Tensor, not tensors by their names"),
+    "old code": (pickle_of({"a": Transformer}, old=True), "more than weights: dmc.Transformer;"),
+    "old numbers": (pickle_of({"a": 1}, old=True), "not all of it is tensors"),
+    "old, cut off": (pickle_of({"a": torch.ones(99)}, old=True, cut=9), "truncated or damaged"),
+    "pickled, cut off": (pickle_of({"a": torch.ones(99)}, cut=9), "truncated or damaged"),
+    "an empty pickle": (instead("pytorch_model.bin", lambda path: path.touch()),
+                        "truncated or damaged"),
     "no pickle": (instead("pytorch_model.bin", lambda path: path.write_bytes(b"x" * 99)),
-                  "damaged"),
+                  "truncated or damaged"),
+    "a pickle by Python": (instead("pytorch_model.bin", lambda path: path.write_bytes(
+        pickle.dumps({"a": 1}, 2))), "or was not written by torch.save"),
+    "a newer pickle by Python": (instead("pytorch_model.bin", lambda path: path.write_bytes(
+        pickle.dumps({"a": 1}, 4))), "or was not written by torch.save .UnpicklingError: Unsupp"),
+    "a program": (instead("pytorch_model.bin", program), "a TorchScript program"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*TorchScript archive", "ignore:Detected pickle protocol 4")
 @pytest.mark.parametrize("case", BAD_CHECKPOINTS)
 def test_unusable_checkpoints_are_refused_in_a_sentence(tmp_path, plain, capsys, case):
     damage, says = BAD_CHECKPOINTS[case]
@@ -435,6 +495,51 @@ def test_unusable_checkpoints_are_refused_in_a_sentence(tmp_path, plain, capsys,
         load(folder)
     said = refusal(generate.main, ["--ckpt", str(folder), "--prompt", "x"], capsys, tmp_path)
     assert said.startswith("generate.py: ") and said.rstrip().endswith((".", ")"))
+
+
+def odd_weights(folder):
+    """Change each tensor's name to that without "model.", and add what old checkpoints have."""
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    weights = {name.removeprefix("model."): w for name, w in weights.items()}
+    weights["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_index_beside(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "missing"}}')
+
+
+ODD = {
+    "a model without its prefix": odd_weights,
+    "an index beside a single file": with_index_beside,
+    "nulls": configured(rope_scaling=None, head_dim=8, quantization_config=None),
+    "more entries": configured(pretraining_tp=2, foo=1, eos_token_id=[1, 2]),
+    "a window that Llama does not know": configured(sliding_window=4),
+    "a window as long as the context": configured(
+        model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=64),
+    "swish": configured(hidden_act="swish"),
+    "two names of a type": configured(
+        rope_scaling={"type": "linear", "rope_type": "default", "factor": 2.0}),
+    "two layouts": configured(
+        rope_scaling={"type": "linear", "factor": 2.0},
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
+    "llama3 without its context": configured(rope_scaling={
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
+    "entries left out": lambda f: (rewrite(f, no_change), edit_json(f / "config.json", lambda c: [
+        c.pop(name) for name in ("rms_norm_eps", "max_position_embeddings", "rope_theta",
+                                 "rope_scaling", "tie_word_embeddings", "hidden_act")])),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_but_valid_folders_are_read_as_transformers_reads_them(tmp_path, plain, case):
+    transformers = oracle("transformers")
+    folder = shutil.copytree(plain, tmp_path / "model")
+    ODD[case](folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokens = torch.randint(0, 257, (1, 60))
+    with torch.no_grad():
+        assert largest_error(load(folder)(tokens)[0], theirs(tokens).logits) < 1e-4
 
 
 def peak_memory():
@@ -505,6 +610,98 @@ def test_weights_that_are_not_finite_are_warned_of(tmp_path, plain, value, capsy
 
 # ----------------------------------------------------------------------------------- finding models
 
+def test_a_file_of_a_checkpoint_stands_for_its_folder(tmp_path, plain, capsys):
+    folder = shutil.copytree(plain, tmp_path / "model")
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert checkpoint.locate(str(folder / name)) == folder
+    assert generate.main(["--ckpt", str(folder / "model.safetensors"), "--tokens", "2"]) == 0
+    save(load(plain), tmp_path / "shards", shard_bytes=20_000)
+    for file in (tmp_path / "shards").iterdir():
+        assert checkpoint.locate(str(file)) == tmp_path / "shards"
+    capsys.readouterr()
+    torch.save({}, folder / "pytorch_model.bin")        # which `load` passes over for safetensors
+    (tmp_path / "facts.json").write_text("{}")
+    (folder / "notes.txt").touch()
+    for file in (folder / "pytorch_model.bin", folder / "notes.txt", tmp_path / "facts.json"):
+        said = refusal(generate.main, ["--ckpt", str(file)], capsys, tmp_path)
+        assert "no file of the checkpoint" in said
+
+
+def test_only_a_runs_own_names_are_read_as_compression_ratios(tmp_path, monkeypatch, plain):
+    monkeypatch.chdir(tmp_path)
+    for name in ("crystal-7b", "cr", "cr4-copy", "crinf", "crnan", "cr2", "cr4", "cr2.5", "cr."):
+        shutil.copytree(plain, tmp_path / "runs/1" / name)
+    (tmp_path / "runs/\N{SUPERSCRIPT TWO}").mkdir()               # a digit, but no number
+    assert checkpoint.find_checkpoint("runs/1") == Path("runs/1/cr4")
+    assert checkpoint.find_checkpoint(None) == Path("runs/1/cr4")
+    shutil.copytree(plain, tmp_path / "runs/1/cr1e+06")
+    assert checkpoint.find_checkpoint("runs/1") == Path("runs/1/cr1e+06")
+    for name in ("cr2", "cr4", "cr2.5", "cr1e+06"):
+        shutil.rmtree(tmp_path / "runs/1" / name)
+    with pytest.raises(InputError, match="no finished run"):
+        checkpoint.find_checkpoint(None)
+
+
+# ------------------------------------------------------------------------- embeddings of any length
+
+@pytest.fixture
+def resized(tmp_path):
+    """A function that writes a checkpoint over bytes with so many embeddings."""
+    def write(rows, **changes):
+        torch.manual_seed(1)
+        model = Transformer(config_of((4, 2), vocab_size=rows, dmc=False, **changes))
+        save(model, tmp_path / str(rows), Tokenizer.bytes())
+        return str(tmp_path / str(rows))
+    return write
+
+
+@pytest.mark.parametrize("rows", [258, 1282, 70_000])
+def test_there_may_be_any_number_of_embeddings_that_no_token_uses(resized, rows):
+    folder = resized(rows)
+    assert Tokenizer.from_folder(folder).stops == [256]
+    assert generate.main(["--ckpt", folder, "--prompt", "a\u4e2d", "--tokens", "5"]) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*texts have no end for it")
+def test_there_may_be_fewer_embeddings_than_tokens(tmp_path, resized, capsys):
+    """What is used counts: byte 0xe4 begins a text below, and the end of text has the id 256."""
+    folder, prompts = resized(200), tmp_path / "prompts.jsonl"
+    with pytest.warns(UserWarning, match=r"200 ids, and its end of text .* is 256"):
+        tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.eos is None and tokenizer.stops == []
+    assert tokenizer.encode("abc") == list(b"abc")
+    for wrong in ("a\u4e2d", "a<|endoftext|>"):
+        with pytest.raises(InputError, match=r"\((228|256)\), and the model has embeddings"):
+            tokenizer.encode(wrong)
+    assert generate.main(["--ckpt", folder, "--prompt", "abc", "--tokens", "5"]) == 0
+    capsys.readouterr()
+    assert "below 200 only" in refusal(
+        generate.main, ["--ckpt", folder, "--prompt", "a\u4e2d"], capsys, tmp_path)
+    prompts.write_text('{"prompt": "abc", "tokens": 3}\n{"prompt": "\\u4e2d", "tokens": 3}\n')
+    out = tmp_path / "out.jsonl"
+    assert generate.main(["--ckpt", folder, "--prompts", str(prompts), "--out", str(out)]) == 2
+    good, bad = lines_of(out)
+    assert good["finish"] == "length" and "below 200 only" in bad["error"]
+    capsys.readouterr()
+    run = ["--init", folder, *RETROFIT, "--out", str(tmp_path / "run")]
+    (tmp_path / "other.txt").write_text("a\u4e2d" * 500)
+    assert "below 200 only" in refusal(
+        train.main, [*run, "--data", str(tmp_path / "other.txt")], capsys, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*texts have no end for it")
+def test_training_takes_a_model_with_more_or_fewer_embeddings(resized, tmp_path, capsys):
+    """Also where the text's tokens are on disk from a longer one with the same tokenizer."""
+    data = tmp_path / "text.txt"
+    data.write_text("0123456789 " * 200 + "{")
+    for rows, result in ((5000, 0), (120, 2)):
+        out = tmp_path / f"run-{rows}"
+        run = ["--init", resized(rows), *RETROFIT, "--cr", "2", "--keep", "2"]
+        assert train.main([*run, "--data", str(data), "--out", str(out)]) == result
+        assert result or load(out / "cr2").config.vocab_size == rows
+    assert "'{' (123)" in capsys.readouterr().err
+
+
 def in_hub_cache(hub, plain, repo="meta-llama/Llama-2-7b-hf"):
     folder = hub / ("models--" + repo.replace("/", "--"))
     shutil.copytree(plain, folder / "snapshots/abc")
@@ -526,15 +723,15 @@ def test_models_are_found_in_hugging_faces_cache(tmp_path, monkeypatch, plain, v
     assert checkpoint.locate(str(plain)) == plain
 
 
-def test_models_that_are_not_there(tmp_path, monkeypatch, capsys, plain):
+def test_models_that_are_not_there(tmp_path, monkeypatch, capsys, plain, text):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)          # as if it were missing
     monkeypatch.chdir(tmp_path)
-    for main, flag in ((generate.main, "--ckpt"), (train.main, "--init")):
-        said = refusal(main, [flag, "llama2-13b"], capsys, tmp_path)
+    for main, flags in ((generate.main, ["--ckpt"]), (train.main, ["--data", text, "--init"])):
+        said = refusal(main, [*flags, "llama2-13b"], capsys, tmp_path)
         assert "-m pip install huggingface_hub && " in said
         assert ("hf download meta-llama/Llama-2-13b-hf --include '*.json' '*.safetensors'") in said
-        said = refusal(main, [flag, "missing"], capsys, tmp_path)
+        said = refusal(main, [*flags, "missing"], capsys, tmp_path)
         assert "no folder, and no model's name" in said
     snapshot_of = in_hub_cache(tmp_path / "hub", plain, "a/b")
     (snapshot_of / "model.safetensors").unlink()                        # half fetched
@@ -544,6 +741,20 @@ def test_models_that_are_not_there(tmp_path, monkeypatch, capsys, plain):
     monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(
         snapshot_download=lambda repo, allow_patterns: fetched.append(repo) or str(plain)))
     assert checkpoint.locate("a/b") == plain and fetched == ["a/b"]
+
+    older, fetched = tmp_path / "older", []
+    older.mkdir()
+
+    def older_model(repo, allow_patterns):
+        fetched.append(allow_patterns)
+        if "pytorch_model*.bin" in allow_patterns:
+            torch.save({}, older / "pytorch_model.bin")
+        return str(older)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub",
+                        types.SimpleNamespace(snapshot_download=older_model))
+    assert checkpoint.locate("a/b") == older and len(fetched) == 2
+    assert checkpoint.weight_files(older) == [older / "pytorch_model.bin"]
 
     def fails(repo, allow_patterns):
         raise ConnectionError("no route\nto host")

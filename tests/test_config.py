@@ -1,19 +1,22 @@
-"""Properties of nanodmc/config.py: which sizes are possible, and which are known."""
+"""Properties of nanodmc/config.py: which sizes are possible, and what a config.json may say."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from dmc import Transformer
-from nanodmc.config import checked_config, shape
+from nanodmc.config import checked_config, config_from_json, config_to_json, shape
 from nanodmc.files import InputError
 from test_dmc import config_of
 
 
 @pytest.mark.parametrize("bad", [
     dict(n_kv_head=3), dict(dim=30, head_dim=None), dict(head_dim=7), dict(n_layer=0),
-    dict(window=0), dict(tau=0.0), dict(head_dim=2)])
+    dict(window=0), dict(tau=0.0), dict(head_dim=2), dict(window=1.5), dict(norm_eps="small"),
+    dict(norm_eps=math.nan), dict(tau="0.1"), dict(c=None), dict(n_layer=True), dict(dim=16.0),
+    dict(head_dim="4"), dict(rope_theta=10 ** 400), dict(rope_theta=math.nan)])
 def test_impossible_configurations_are_refused(bad):
     with pytest.raises(InputError) as refused:
         checked_config(**{**vars(config_of()), **bad})
@@ -26,6 +29,79 @@ def test_possible_configurations_stay_as_they_are():
         assert checked_config(**vars(config)) == config
     values = {**vars(config_of()), "head_dim": None}
     assert checked_config(**values).head_dim == values["dim"] // values["n_head"]
+
+
+SAYS_THE_SAME = {           # changes to a config.json that leave its meaning
+    "nothing": {},
+    "text": {"hidden_size": "16", "rms_norm_eps": "1e-5", "rope_theta": "1e4",
+             "num_attention_heads": " 4 ", "head_dim": "8.0"},
+    "whole floats": {"hidden_size": 16.0, "head_dim": 8.0, "num_hidden_layers": 2.0},
+    "floats in whole": {"rope_theta": 10000},
+    "switches as text": {"tie_word_embeddings": "false", "attention_bias": "False",
+                         "mlp_bias": "0", "partial_rotary_factor": "1.0"},
+    "nothing as null": {"rope_scaling": None, "rope_parameters": None, "attention_bias": None,
+                        "tie_word_embeddings": None, "quantization_config": None,
+                        "sliding_window": None, "partial_rotary_factor": None},
+    "nothing as empty": {"rope_scaling": {}, "quantization_config": {}, "num_local_experts": 0},
+    "entries of others": {"torch_dtype": "auto", "dtype": None, "foo": [1], "pretraining_tp": 2,
+                          "_name_or_path": "x", "use_cache": False, "bos_token_id": [1, 2]},
+    "another name of silu": {"hidden_act": "swish"},
+    "a window that Llama does not know": {"sliding_window": 16},
+    "a window as long as the context": {"model_type": "mistral", "sliding_window": "64"},
+    "a window that may be left out": {"model_type": "mistral"},
+    "the newer layout": {"rope_parameters": {"rope_type": "default", "rope_theta": "10000.0"}},
+    "the newer name": {"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 2}},
+    "both layouts": {"rope_scaling": {"rope_type": "default"},
+                     "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+}
+
+
+@pytest.mark.parametrize("case", SAYS_THE_SAME)
+def test_a_config_json_is_taken_as_what_it_says(case):
+    config = config_of((4, 2), dmc=False, window=12, c=5.0)
+    read = config_from_json(config_to_json(config) | SAYS_THE_SAME[case])
+    assert read == config
+    kinds = [[type(x) for x in vars(one).values()] for one in (read, config)]
+    assert kinds[0] == kinds[1] or case == "floats in whole"
+
+
+def test_the_sections_of_a_config_json_may_hold_text():
+    config = config_of((4, 2), rope_theta=500.0, tie_embeddings=True, rope_scaling={
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64})
+    facts = config_to_json(config) | {"tie_word_embeddings": "True"}
+    facts["dmc"] |= {"window": "12", "tau": "0.1", "c": str(config.c)}
+    rope = {"type": "llama3", "factor": "8", "low_freq_factor": "1", "high_freq_factor": "4e0"}
+    assert config_from_json(facts | {"rope_scaling": rope}) == config      # with its context
+    facts["dmc"]["window"] = None
+    assert config_from_json(facts | {"rope_scaling": rope}).window is None
+
+
+def test_what_a_config_json_leaves_out_is_hugging_faces_default():
+    facts = config_to_json(config_of((8, 8), dmc=False))
+    for name in ("rms_norm_eps", "max_position_embeddings", "num_key_value_heads", "rope_theta",
+                 "rope_scaling", "tie_word_embeddings", "hidden_act"):
+        del facts[name]
+    config = config_from_json(facts)
+    assert (config.norm_eps, config.max_seq_len, config.n_kv_head) == (1e-6, 2048, 8)
+    with pytest.raises(InputError, match="sliding-window"):            # there, of 4096 tokens
+        config_from_json(facts | {"model_type": "mistral"})
+    config = config_from_json(facts | {"model_type": "mistral", "sliding_window": None,
+                                       "num_attention_heads": 16})
+    assert (config.max_seq_len, config.n_kv_head) == (131072, 8)
+
+
+@pytest.mark.parametrize("bad", [
+    {"hidden_size": "sixteen"}, {"hidden_size": 16.5}, {"hidden_size": True}, {"hidden_size": []},
+    {"rms_norm_eps": "small"}, {"rms_norm_eps": {}}, {"rope_theta": "nan"}, {"head_dim": "inf"},
+    {"sliding_window": "long", "model_type": "mistral"}, {"attention_bias": "true"},
+    {"sliding_window": 63, "model_type": "mistral"}, {"dmc": True}, {"model_type": ["llama"]},
+    {"dmc": {"method": "dmc", "window": "x", "tau": 1, "c": 1}}, {"rope_scaling": "linear"},
+    {"rope_scaling": {"factor": 2.0}}, {"partial_rotary_factor": "half"}, {"hidden_act": None}])
+def test_what_a_config_json_cannot_mean_is_refused(bad):
+    with pytest.raises(InputError) as refused:
+        config_from_json(config_to_json(config_of((4, 2), dmc=False)) | bad)
+    assert "\n" not in str(refused.value)
 
 
 def test_known_shapes():
