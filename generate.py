@@ -18,6 +18,9 @@
                                         two GPUs, or two processes
 """
 
+from nanodmc import interrupts
+
+# isort: split
 import codecs
 import os
 import sys
@@ -34,11 +37,23 @@ from nanodmc.engine import EMPTY, checked_count
 from nanodmc.files import InputError, read_json, read_text, write_atomically
 from nanodmc.merges import merged_segments, merges_page, show_segments
 from nanodmc.parallel import load_part, over_ranks, random_part, rank_count, this_rank
-from nanodmc.prompts import LIMITS, answer_prompts, read_results
+from nanodmc.prompts import LIMITS, answer_prompts
+from nanodmc.results import read_results
 from nanodmc.sampling import chooser, generate
+from nanodmc.terminal import has_colours, to_show
 from nanodmc.tokenizer import Tokenizer
 
+interrupts.catch()
+
 PROMPT = "import os\nimport sys\n\ndef "
+
+SAMPLING = "tokens samples temperature top_k top_p seed"
+TAKES = {            # what has an effect in each mode, besides ckpt and device
+    "": f"random_weights cache ops prompt prompt_file {SAMPLING}",
+    "--show-merges": "show_merges random_weights ops prompt prompt_file",
+    "--prompts": f"prompts random_weights cache {SAMPLING} out batch cache_gb profile",
+    "--bench": "bench model cr prompt_tokens tokens batch cache_gb out",
+    "--bench --ckpt": "bench prompt_file cr prompt_tokens tokens batch cache_gb out"}
 
 
 # ----------------------------------------------------------------------- what happens, in order
@@ -49,15 +64,17 @@ def run(args):
     if rank_count() > 1 and args.show_merges:
         raise InputError(f"--show-merges looks at all heads, and {rank_count()} ranks have a part "
                          "each; run it without torchrun.")
-    if args.prompts and not args.out:
-        raise InputError("--prompts needs --out, a file for the results.")
-    if args.prompts and not args.prompts.is_file():
-        raise InputError(f"{args.prompts} is no file; check --prompts.")
+    if args.prompts:
+        check_prompts(args)
     if args.bench:
         benchmark(args, device)
         return
     done = read_results(args.out) if args.prompts else None
     model, tokenizer, name, facts = find_model(args, device)
+    if args.prompts:
+        print(f"{name}\n")
+        answer_prompts(args, model, tokenizer, chosen_gain(args, model, facts), done, name)
+        return
     text = read_text(args.prompt_file, "--prompt-file") if args.prompt_file else args.prompt
     prompt = tokenizer.encode(text, prefix=True)
     if not prompt:
@@ -65,10 +82,18 @@ def run(args):
     print(f"{name}\n")
     if args.show_merges:
         show_merges(args.show_merges, model, tokenizer, prompt, name)
-    elif args.prompts:
-        answer_prompts(args, model, tokenizer, chosen_gain(args, model, facts), done)
     else:
         stream_samples(args, model, tokenizer, prompt, facts)
+
+
+def check_prompts(args):
+    """Raise InputError where --prompts lacks something, before a model is loaded."""
+    if not args.out:
+        raise InputError("--prompts needs --out, a file for the results.")
+    if not args.prompts.is_file():
+        raise InputError(f"{args.prompts} is no file; check --prompts.")
+    if args.batch and len(args.batch) > 1:
+        raise InputError("--prompts takes one size of --batch; leave the others out.")
 
 
 def chosen_device(args):
@@ -120,31 +145,41 @@ def full_cache_note(model, facts):
 def stream_samples(args, model, tokenizer, prompt, facts):
     """Print args.samples continuations, each as it is generated, and what its cache holds."""
     count = checked_count(model.config, prompt, args.tokens)
-    weight, gain = next(model.parameters()), chosen_gain(args, model, facts)
+    gain = chosen_gain(args, model, facts)
     for i in range(args.samples):
         choose = chooser(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
                          seed=args.seed + i)
-        cache = model.Cache(model.config, 1, weight.device, weight.dtype)
+        cache = model.new_cache(1)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        print(tokenizer.decode(prompt), end="", flush=True)
+        print(to_show(tokenizer.decode(prompt)), end="", flush=True)
         for token in generate(model, cache, prompt, count, choose, tokenizer.stops, gain):
-            print(decoder.decode(tokenizer.token_bytes([token])), end="", flush=True)
+            text = decoder.decode(tokenizer.token_bytes([token]))
+            print(to_show(text), end="", flush=True)
         print(decoder.decode(b"", final=True) + f"\n\n{cache_report(cache)}\n")
 
 
 def cache_report(cache):
-    """Tokens, slots, CR per layer, and bytes used against those of an uncompressed cache."""
+    """Tokens, slots, CR per layer, and the bytes used and allocated against a plain cache's."""
     slots = over_ranks(cache.lengths.sum((1, 2))).tolist()
     heads = cache.lengths[0].numel() * rank_count()
     tokens, size = sum(cache.seen) * heads, 2 * cache.config.head_dim * cache.dtype.itemsize
+    used = bytes_report(cache, sum(slots) * size, tokens * size)
     if sum(slots) == tokens:
-        return (f"{cache.seen[0]} tokens; {tokens:,} slots, {tokens * size:,} bytes of cache, "
-                "nothing merged")
+        return f"{cache.seen[0]} tokens; {tokens:,} slots, nothing merged\n{used}"
     ratios = [f"{i}: {cache.seen[i] * heads / n:.2f}" for i, n in enumerate(slots)]
     total = wrapped(f"{cache.seen[0]} tokens; {sum(slots):,} slots where an uncompressed cache has "
                     f"{tokens:,}: CR {tokens / sum(slots):.2f}")
-    return (f"{total}\n{in_columns('CR per layer', ratios)}\n"
-            f"bytes of cache {sum(slots) * size:,} used, {tokens * size:,} uncompressed")
+    return f"{total}\n{in_columns('CR per layer', ratios)}\n{used}"
+
+
+def bytes_report(cache, used, plain):
+    """Bytes in use and allocated, by all ranks, beside those that a plain cache uses."""
+    if not hasattr(cache, "bytes"):
+        return wrapped(f"The slots in use take {used:,} bytes, where a plain cache takes "
+                       f"{plain:,}; what dmc.py allocates beyond them is not counted.")
+    allocated = int(over_ranks(torch.tensor(cache.bytes.allocated, device=cache.lengths.device)))
+    return wrapped(f"The slots in use take {used:,} bytes of the {allocated:,} allocated, where "
+                   f"a plain cache takes {plain:,}.")
 
 
 def in_columns(title, items, width=80):
@@ -177,13 +212,40 @@ def show_merges(where, model, tokenizer, prompt, name):
     segments = merged_segments(model, prompt, int(layer), int(head))
     print(f"layer {layer}, head {head}: {len(prompt)} tokens in {len(segments)} slots, "
           f"CR {len(prompt) / len(segments):.2f}\n")
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    print(show_segments(segments, tokenizer, colour))
+    if has_colours(sys.stdout):
+        print(show_segments(segments, tokenizer, colour=True))
+    else:
+        print(to_show(show_segments(segments, tokenizer, colour=False)))
 
 
 # ------------------------------------------------------------------------------ the command line
 
 def parse(argv):
+    """The arguments, and as `command` a list of them as they were typed. Raises InputError."""
+    args, given = flags_of_all_modes().parse_given(argv)
+    args.command = sys.argv[1:] if argv is None else list(argv)
+    refuse_idle_flags(args, given)
+    return args
+
+
+def refuse_idle_flags(args, given):
+    """Raise InputError where a flag was given that has no effect in the mode asked for."""
+    modes = [mode for mode in ("--bench", "--prompts", "--show-merges")
+             if getattr(args, mode[2:].replace("-", "_"))]
+    mode = modes[0] if modes else ""
+    if mode == "--bench" and args.ckpt:
+        mode = "--bench --ckpt"
+    idle = given - {"ckpt", "device", *TAKES[mode].split()}
+    if {"prompt", "prompt_file"} <= given - idle:
+        raise InputError("--prompt and --prompt-file are two prompts; leave one of them out.")
+    for name in sorted(idle):
+        flag = "--" + name.replace("_", "-")
+        needs = [other for other in ("--prompts", "--bench") if name in TAKES[other].split()]
+        what = f"with {mode}" if mode else f"without {' or '.join(needs)}"
+        raise InputError(f"{flag} has no effect {what}; leave it out.")
+
+
+def flags_of_all_modes():
     parser = Parser(__doc__)
     flags = parser.add_argument_group("model")
     flags.add_argument("--ckpt", metavar="NAME", help=(
@@ -206,7 +268,7 @@ def parse(argv):
     flags.add_argument("--tokens", type=LIMITS["tokens"], help=(
         "how many to generate [256, or fewer where positions end]"))
     flags.add_argument("--samples", type=number(1, kind=int), default=1, help=(
-        "how many continuations of it [1]"))
+        "how many continuations, each with a seed of its own [1]"))
 
     flags = parser.add_argument_group("sampling")
     flags.add_argument("--temperature", type=LIMITS["temperature"], default=0.7, help=(
@@ -216,7 +278,8 @@ def parse(argv):
     flags.add_argument("--top-p", type=LIMITS["top_p"], default=0.95, help=(
         "sample from the likeliest that make up this probability [0.95]"))
     flags.add_argument("--seed", type=LIMITS["seed"], default=0, help=(
-        "of the sampling: the same seed gives the same text [0]"))
+        "of the sampling: the same seed gives the same text; with --prompts, each line has one of "
+        "its own that follows from this one [0]"))
 
     flags = parser.add_argument_group("what the heads merged")
     flags.add_argument("--show-merges", metavar="WHERE", help=(
@@ -248,11 +311,11 @@ def parse(argv):
                        help="compression ratios besides 1 [2 4 8]")
     flags.add_argument("--prompt-tokens", type=number(1, kind=int), nargs="+", help=(
         "lengths of the prompts [2048 on a GPU, 128 on a CPU]"))
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv=None):
-    """The command; argv None: the arguments it was given. Returns the exit code: 0, 2 or 130."""
+    """The command; argv None: the arguments it was given. Returns the exit code of run_command."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")      # torch's profiler is not to talk
 
     def carry_out():

@@ -11,7 +11,7 @@ import sys
 import textwrap
 import time
 import warnings
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ import dmc
 import dmc_fast
 from nanodmc.files import InputError, read_lines
 from nanodmc.launch import triton
+from nanodmc.terminal import OutputLost, screens, to_show
 
 OPS = {"fast": dmc_fast, "reference": dmc}
 ROOT = Path(__file__).parent.parent          # the folder of the two commands
@@ -69,6 +70,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message}; see --help.")
 
+    def parse_given(self, argv):
+        """The arguments as parse_args returns them, and the names of those that were given."""
+        args = self.parse_args(argv)
+        absent = object()
+        blank = argparse.Namespace(**dict.fromkeys(vars(args), absent))
+        given = vars(self.parse_args(argv, blank)).items()
+        return args, {name for name, value in given if value is not absent}
+
 
 def number(low, high=float("inf"), kind=float):
     """The type of a flag: a number of the kind given, from low to high."""
@@ -85,25 +94,50 @@ def number(low, high=float("inf"), kind=float):
 
 def setup_terminal(name):
     """A terminal that cannot show a character shows ?; warnings read "NAME: warning: ..."."""
-    sys.stdout.reconfigure(errors="replace")
-    warnings.formatwarning = lambda message, *_: f"{name}: warning: {message}\n"
+    if hasattr(sys.stdout, "reconfigure"):               # not where stdout is closed
+        sys.stdout.reconfigure(errors="replace")
+    warnings.formatwarning = lambda message, *_: to_show(
+        f"{name}: warning: {message}\n", sys.stderr)
 
 
 def run_command(name, carry_out):
     """Run a command, carry_out(), and return its exit code. All of a command's main but its work.
 
     0: done. 2: InputError, told on stderr as "NAME: sentence". 130: KeyboardInterrupt; what there
-    is to say about it, carry_out has said. Other exceptions are faults of the program and pass.
+    is to say about it, carry_out has said. 141: stdout is a pipe that nobody reads any more, as by
+    | head, and carry_out was left with OutputLost at its next print. Any other loss of stdout is
+    told like an InputError. Other exceptions are faults of the program and pass.
+
+    If carry_out catches OutputLost to save its work, what it prints then goes nowhere, and the exit
+    code is that of the loss.
     """
-    setup_terminal(name)
+    with screens() as (out, _):
+        setup_terminal(name)
+        code = outcome(name, carry_out)
+        with suppress(OutputLost):
+            out.flush()
+        if code or not out.lost:
+            return code
+        if out.lost.unread:
+            return 141
+        print(f"{name}: {out.lost}", file=sys.stderr)
+        return 2
+
+
+def outcome(name, carry_out):
+    """The exit code of carry_out(), as in run_command; 0 also where only its output was lost."""
     try:
         carry_out()
-        return 0
+    except OutputLost:
+        pass
     except InputError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(to_show(f"{name}: {error}", sys.stderr), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except SystemExit as end:                            # after --help
+        return end.code or 0
+    return 0
 
 
 def wrapped(text):

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from nanodmc.evaluate import decisions
+from nanodmc.terminal import COLOURS, RESET, harmless
 
 TEMPLATE = Path(__file__).with_name("merges.html")
-COLOURS = ("\033[48;5;24m\033[97m", "\033[48;5;94m\033[97m", "\033[48;5;29m\033[97m")
-RESET = "\033[0m"
 
 
 def merged_segments(model, ids, layer, head):
@@ -34,14 +33,14 @@ def spell(segments, tokenizer):
 
 
 def show_segments(segments, tokenizer, colour):
-    """The segments as one text: in changing colours, or with | between them."""
+    """The segments as one text: in changing colours for a terminal, or with | between them."""
     texts = spell(segments, tokenizer)
     if not colour:
         return "|".join(texts)
     shown = []
     for i, text in enumerate(texts):
         shade = COLOURS[i % len(COLOURS)]
-        shown.append(shade + text.replace("\n", f"{RESET}\n{shade}") + RESET)
+        shown.append(shade + harmless(text).replace("\n", f"{RESET}\n{shade}") + RESET)
     return "".join(shown)
 
 

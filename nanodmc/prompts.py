@@ -1,9 +1,7 @@
 """A file of prompts, answered into a file of results, so that a killed run loses nothing.
 
 A prompt is a line of JSON: {"prompt": "..."}, and where it differs from the flags id, tokens,
-temperature, top_k, top_p, seed. A result is a line with the number of its prompt's line, its id
-and prompt, and text, tokens, finish and cr; or error, a sentence. Results come in the order of
-finishing.
+temperature, top_k, top_p, seed. Results, as in results.py, come in the order of finishing.
 """
 
 import argparse
@@ -11,16 +9,21 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
-from nanodmc.cli import number
+from nanodmc.cli import number, typed
 from nanodmc.engine import Engine, Request, Result
 from nanodmc.files import InputError, one_line
-from nanodmc.parallel import this_rank
+from nanodmc.parallel import rank_count, this_rank
 from nanodmc.pool import pages_that_fit
+from nanodmc.results import check_results, drop_errors, model_mark
+from nanodmc.sampling import derived_seed
+from nanodmc.tables import duration
+from nanodmc.terminal import moves, to_show
 
 LIMITS = {"tokens": number(1, kind=int), "temperature": number(0), "top_k": number(0, kind=int),
           "top_p": number(0, 1), "seed": number(0, 2 ** 62, int)}      # of each setting
@@ -28,44 +31,8 @@ LIMITS = {"tokens": number(1, kind=int), "temperature": number(0), "top_k": numb
 
 # ---------------------------------------------------------------------------- lines of the files
 
-def fingerprint(line):
-    """What a line of results and its line of prompts have in common."""
-    return hash((line.get("id"), line["prompt"]))
-
-
-def read_results(path):
-    """What a file of results has already: {number: fingerprint, or None for an error}.
-
-    Creates the file if there is none, and cuts off what a kill left of a last line. Raises
-    InputError for a file of anything else, and leaves it as it is.
-    """
-    done, end = {}, 0
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path} is no file; name another --out.")
-    try:
-        with path.open("ab+") as f:                         # raises where it cannot be written
-            f.seek(0)
-            for text in f:
-                if not text.endswith(b"\n"):
-                    if text[:9] != b'{"line": '[:len(text)]:
-                        raise ValueError
-                    break
-                result = json.loads(text)
-                done[result["line"]] = None if "error" in result else fingerprint(result)
-                end += len(text)
-            f.truncate(end)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); check --out.") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise InputError(f"{path} is no file of results; name another --out.") from None
-    return done
-
-
-def read_request(text, key, args, tokenizer):
-    """A Request from a line of JSON, with `key` as its key, to which id and prompt are added.
-
-    args: the flags. Raises InputError.
-    """
+def read_line(text):
+    """The object in a line of prompts: a dict with a prompt. Raises InputError."""
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -73,39 +40,75 @@ def read_request(text, key, args, tokenizer):
                          "write each prompt as a line of it.") from None
     if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
         raise InputError('a line is an object with a text as its prompt; write {"prompt": "..."}.')
-    if not isinstance(fields.get("id", ""), str | int):
+    if not isinstance(fields.get("id"), str | int | None):
         raise InputError("an id is a text or a whole number; change it.")
-    key |= {name: fields[name] for name in ("id", "prompt") if name in fields}
+    return fields
+
+
+def settings_of(fields, line, args):
+    """How a line asks for its text to be sampled, and where it does not, the flags.
+
+    A line without a seed has one of its own, by the flag's and its number. Raises InputError.
+    """
     settings = {}
     for name, limit in LIMITS.items():
         value = getattr(args, name) if fields.get(name) is None else fields[name]
+        if isinstance(value, float) and value.is_integer() and limit.kind is int:
+            value = int(value)                                   # as in 8.0
         try:
             settings[name] = None if value is None else limit(json.dumps(value))
         except (ValueError, argparse.ArgumentTypeError):
             raise InputError(f"{name} cannot be {json.dumps(value)[:40]}; "
                              f"see --{name.replace('_', '-')} in --help.") from None
-    prompt = tokenizer.encode(fields["prompt"], prefix=True)
-    return Request(prompt, settings.pop("tokens"), **settings, key=key)
+    if fields.get("seed") is None:
+        settings["seed"] = derived_seed(args.seed, line)
+    return settings
 
 
-def read_requests(lines, done, args, tokenizer):
-    """A Request for every line that is not done, or a Result where the line is at fault.
+def read_prompts(lines, args, made_by):
+    """(what is asked for, None or a sentence) for each sample of each line that is not blank.
 
-    Raises InputError where the results in `done` are of other prompts.
+    What is asked for is the start of a result: line and sample, and unless the line is at fault id,
+    prompt and settings, with made_by (a dict) among these. Sample 0 has the line's seed, each
+    further one a seed of its own.
     """
     for line, text in enumerate(lines, 1):
-        key = {"line": line}
-        if not text.strip() or line in done and done[line] is None:
+        if not text.strip():
             continue
+        asked, settings, error = {}, None, None
         try:
-            request = read_request(text, key, args, tokenizer)
-        except InputError as error:
-            request = Result(Request([], key=key), error=str(error))
-        if line not in done:
-            yield request
-        elif "prompt" not in key or done[line] != fingerprint(key):
-            raise InputError(f"{args.out} has results of other prompts than {args.prompts}, "
-                             f"as of line {line}; name another --out.")
+            fields = read_line(text)
+            asked = {name: fields[name] for name in ("id", "prompt")
+                     if fields.get(name) is not None}
+            settings = settings_of(fields, line, args)
+        except InputError as fault:
+            error = str(fault)
+        for sample in range(args.samples):
+            key = {"line": line, "sample": sample, **asked}
+            if settings:
+                seed = derived_seed(settings["seed"], sample) if sample else settings["seed"]
+                key["settings"] = {**made_by, **settings, "seed": seed}
+            yield key, error
+
+
+def read_requests(prompts, done, tokenizer):
+    """A Request for everything that is not done, or a Result where the line is at fault.
+
+    prompts: as from read_prompts. done: as from read_results.
+    """
+    for key, error in prompts:
+        if done.get((key["line"], key["sample"])) is not None:
+            continue
+        request = Request([], key=key)
+        try:
+            if error:
+                raise InputError(error)
+            settings = {name: key["settings"][name] for name in LIMITS}
+            request = Request(tokenizer.encode(key["prompt"], prefix=True), settings.pop("tokens"),
+                              **settings, key=key)
+        except InputError as fault:
+            request = Result(request, error=str(fault))
+        yield request
 
 
 def result_line(result, tokenizer):
@@ -131,25 +134,49 @@ def write_line(out, line):
 # ------------------------------------------------------------------------- what is seen meanwhile
 
 class Progress:
-    """A line about an engine's run every second, or every ten without a terminal."""
+    """A line about an engine's run every second, or every ten where lines cannot be overwritten.
 
-    def __init__(self, engine, total, done):
+    Rates are those of the last minute. What is left counts the parts of texts that are on their
+    way, so it shrinks from the start on.
+    """
+
+    def __init__(self, engine, total, done, clock=time.perf_counter):
         self.engine, self.total, self.first, self.done = engine, total, done, done
-        self.tokens, self.failed, self.terminal = 0, 0, sys.stderr.isatty()
-        self.start = self.shown = time.perf_counter()
+        self.tokens, self.failed, self.terminal = 0, 0, moves(sys.stderr)
+        self.clock, self.start = clock, clock()
+        self.shown, self.past = self.start, deque([(self.start, 0, 0.0)])
 
     def seconds(self):
-        return max(time.perf_counter() - self.start, 1e-9)
+        return max(self.clock() - self.start, 1e-9)
 
     def add(self, result):
         self.done += 1
         self.tokens += len(result.ids)
         self.failed += result.error is not None
 
+    def under_way(self):
+        """The sequences that are neither finished nor untouched."""
+        engine = self.engine
+        asked = (seq for report in engine.pending for seq in report.asked.values())
+        return {seq for seq in (*engine.running.values(), *engine.waiting, *asked) if seq.ids}
+
+    def rates(self):
+        """Tokens per second, and seconds left or None, by the last minute."""
+        now, parts = self.clock(), self.under_way()
+        tokens = self.tokens + sum(len(seq.ids) for seq in parts)
+        work = self.done - self.first + sum(len(seq.ids) / seq.count for seq in parts)
+        while len(self.past) > 1 and now - self.past[1][0] >= 60:
+            self.past.popleft()
+        then, tokens_then, work_then = self.past[0]
+        self.past.append((now, tokens, work))
+        seconds, worked = max(now - then, 1e-9), work - work_then
+        left = self.total - self.first - work
+        return (tokens - tokens_then) / seconds, left * seconds / worked if worked > 0 else None
+
     def show(self):
         """Print the line, if it is time."""
-        if time.perf_counter() - self.shown > (1 if self.terminal else 10):
-            self.shown = time.perf_counter()
+        if self.clock() - self.shown > (1 if self.terminal else 10):
+            self.shown = self.clock()
             self.write(f"{self!s:<79}" if self.terminal else str(self))
 
     def clear(self):
@@ -162,14 +189,13 @@ class Progress:
 
     def __str__(self):
         held, pages = self.engine.known.values(), len(self.engine.cache.free)
-        facts = [f"{self.done:,}/{self.total:,} requests",
-                 f"{self.tokens / self.seconds():,.0f} tokens/s",
+        rate, left = self.rates()
+        facts = [f"{self.done:,}/{self.total:,} requests", f"{rate:,.0f} tokens/s",
                  f"{sum(h.pages for h in held) / pages:.0%} of pages"]
         if slots := sum(h.slots for h in held):
             facts.append(f"CR {sum(h.fed for h in held) * self.engine.all_heads / slots:.2f}")
-        if answered := self.done - self.first:
-            left = self.seconds() * (self.total - self.done) / answered
-            facts.append(f"{left:,.0f} s left")
+        if left is not None:
+            facts.append(f"{duration(left)} left")
         return "  ".join(facts)
 
     def summary(self):
@@ -181,6 +207,13 @@ class Progress:
             f"{steps:,} steps, {1000 * seconds / max(steps, 1):.1f} ms per step"
             f"{host if engine.tokens.is_cuda else ''}; {engine.preempted:,} preempted\n"
             f"{self.first:,} were done before, {self.failed:,} have errors")
+
+    def interrupted(self, args):
+        """What an interruption left, and how to go on."""
+        more = ("The same command goes on." if rank_count() > 1 else
+                f"To go on:\n    {typed('generate.py', *args.command)}")
+        return (f"\nStopped. {self.done - self.failed:,} of {self.total:,} results are in "
+                f"{args.out}. {more}")
 
 
 def profiler(path):
@@ -201,37 +234,58 @@ def profiler(path):
 
 # ------------------------------------------------------------------------------------ --prompts
 
-def answer_prompts(args, model, tokenizer, gain, done):
-    """Run the prompts of args.prompts and add a line to args.out for each as it finishes.
+def answer_prompts(args, model, tokenizer, gain, done, name):
+    """Run the prompts of args.prompts and add a line to args.out for each sample as it finishes.
 
-    done: what read_results found there. gain: as in Transformer.hidden. Raises InputError in the
-    end if some have errors.
+    done: what read_results found there. gain: as in Transformer.hidden. name: the model's, as for
+    model_mark. Raises InputError if the results are not those of what is asked for, and in the end
+    if some have errors.
     """
-    writes = this_rank() == 0
+    made_by = {"model": model_mark(name), "cache": args.cache}
     with args.prompts.open("rb") as lines:
-        total = sum(1 for line in lines if line.strip())
+        total = args.samples * sum(1 for line in lines if line.strip())
         lines.seek(0)
+        if done:
+            asked = (key for key, _ in read_prompts(lines, args, made_by))
+            check_results(args.out, done, asked, args.samples)
+            lines.seek(0)
+        ready = sum(mark is not None and sample < args.samples
+                    for (_, sample), mark in done.items())
         rows = args.batch[0] if args.batch else (128 if next(model.parameters()).is_cuda else 32)
-        rows = max(1, min(rows, total - len(done)))
-        pages = pages_that_fit(model, rows, args.cache_gb, gain)
-        engine = Engine(model, rows, pages, tokenizer.stops, gain)
-        progress = Progress(engine, total, len(done))
-        with ((args.out if writes else Path(os.devnull)).open("ab", buffering=0) as out,
-              profiler(args.profile if writes else None) as profile):
-            def each_step():
-                progress.show()
-                if profile:
-                    profile.step()
-            for result in engine.run(read_requests(lines, done, args, tokenizer), each_step):
-                line = result_line(result, tokenizer)
-                if result.error:
-                    progress.clear()
-                    print(f"generate.py: {args.prompts}, line {line['line']}: {result.error}",
-                          file=sys.stderr)
-                write_line(out, line)
-                progress.add(result)
+        rows = max(1, min(rows, total - ready))
+        engine = Engine(model, rows, pages_that_fit(model, rows, args.cache_gb, gain),
+                        tokenizer.stops, gain)
+        if None in done.values() and this_rank() == 0:           # all ranks have read them by now
+            drop_errors(args.out)
+        progress = Progress(engine, total, ready)
+        requests = read_requests(read_prompts(lines, args, made_by), done, tokenizer)
+        try:
+            write_results(args, engine, requests, tokenizer, progress)
+        except KeyboardInterrupt:
+            progress.clear()
+            print(progress.interrupted(args))
+            raise
     progress.clear()
     print(progress.summary())
     if progress.failed:
         raise InputError(f"{progress.failed} of the prompts could not be continued; "
-                         f"{args.out} has a sentence for each.")
+                         f"{args.out} has a sentence for each, and the same command tries again.")
+
+
+def write_results(args, engine, requests, tokenizer, progress):
+    """Run the requests. Each result becomes a line of args.out, an error also one on stderr."""
+    writes = this_rank() == 0
+    with ((args.out if writes else Path(os.devnull)).open("ab", buffering=0) as out,
+          profiler(args.profile if writes else None) as profile):
+        def each_step():
+            progress.show()
+            if profile:
+                profile.step()
+        for result in engine.run(requests, each_step):
+            line = result_line(result, tokenizer)
+            if result.error:
+                progress.clear()
+                said = f"generate.py: {args.prompts}, line {line['line']}: {result.error}"
+                print(to_show(said, sys.stderr), file=sys.stderr)
+            write_line(out, line)
+            progress.add(result)

@@ -35,6 +35,12 @@ def uniform(seed, position):
     return (hashed(hashed(seed) + position) >> 11 & 2 ** 53 - 1).double() * 2.0 ** -53
 
 
+def derived_seed(seed, number):
+    """The seed of one of many texts, by its number, from 1: they share no draws."""
+    x = hashed(hashed(torch.tensor(seed)) + number)
+    return int(hashed(x) >> 2 & 2 ** 62 - 1)
+
+
 def likeliest(logits):
     """The likeliest token (B,) of logits (B, vocab), the first among equals; -1 if any is NaN."""
     return logits.argmax(-1).masked_fill(logits.isnan().any(-1), -1)

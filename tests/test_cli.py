@@ -1,21 +1,26 @@
-"""Properties of nanodmc/cli.py: parser, messages, commands to type, and where a figure is from."""
+"""Properties of cli.py and terminal.py: parser, messages, commands to type, a figure's origin."""
 
+import io
 import os
 import re
 import shlex
 import subprocess
 import sys
 import warnings
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from conftest import HERE
-from nanodmc import cli
+from nanodmc import cli, terminal
 from nanodmc.files import InputError
 from nanodmc.settings import Settings, flag
+from nanodmc.terminal import OutputLost
 
 # --------------------------------------------------------------------------------------- the parser
 
@@ -58,6 +63,16 @@ def test_a_number_is_within_its_limits():
         assert text in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_flags_that_were_given_are_told_from_defaults():
+    parser = cli.Parser("A test.")
+    parser.add_argument("--number", type=cli.number(0), default=3.0)
+    parser.add_argument("--some-words", nargs="+", default=["a"])
+    parser.add_argument("--yes", action="store_true")
+    args, names = parser.parse_given(["--number", "3", "--some-words", "a"])
+    assert (args.number, args.some_words, args.yes) == (3.0, ["a"], False)
+    assert names == {"number", "some_words"}
+
+
 # ------------------------------------------------------------------------------------- the terminal
 
 def test_what_is_silenced_is_not_shown(capsys):
@@ -78,11 +93,148 @@ def test_a_warning_is_a_line_of_the_command(monkeypatch):
 @pytest.mark.parametrize("script", ["train.py", "generate.py"])
 def test_a_terminal_without_the_characters_shows_others(script, tmp_path):
     """In a terminal that knows ASCII only, what it cannot show becomes ?, and nothing fails."""
-    given = {"train.py": ["--data", "naïve🙂"], "generate.py": ["--ckpt", "naïve🙂"]}
-    run = subprocess.run([sys.executable, HERE / script, *given[script]], cwd=tmp_path,
+    flags = {"train.py": ["--data", "naïve🙂"], "generate.py": ["--ckpt", "naïve🙂"]}
+    run = subprocess.run([sys.executable, HERE / script, *flags[script]], cwd=tmp_path,
                          capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert run.returncode == 2 and b"Traceback" not in run.stderr
     assert run.stderr.startswith(f"{script}: ".encode())
+
+
+def told(text, times=1):
+    for _ in range(times):
+        print(text, flush=True)
+
+
+def unwritable(kind):
+    """A stream like those of a command, to a pipe that nobody reads, or to a full disk."""
+    if kind == "full":
+        return open("/dev/full", "w")  # noqa: SIM115, PTH123 - the test closes it
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.fdopen(writing, "w")
+
+
+@pytest.mark.parametrize("kind, code, said", [
+    ("pipe", 141, ""), ("full", 2, "x: its output cannot be written (No space left on device); "
+                                   "give it another place.\n")])
+@pytest.mark.parametrize("work, outcome", [
+    (partial(told, "text"), None), (partial(told, "text", 3), None), (partial(print, "text"), None),
+    (lambda: 1 / 0, ZeroDivisionError)])
+def test_a_command_whose_output_is_lost(kind, code, said, work, outcome, capsys, monkeypatch):
+    """It ends at the next print, or when what it printed is to be written in the end; a fault of
+    the program is still one."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    stream = unwritable(kind)
+    with redirect_stdout(stream):
+        if outcome:
+            with pytest.raises(outcome):
+                cli.run_command("x", work)
+        else:
+            assert cli.run_command("x", work) == code and sys.stdout is stream
+            assert capsys.readouterr().err == said
+    with suppress(OSError):
+        stream.close()
+
+
+def test_a_command_can_save_when_its_output_is_lost(capsys, monkeypatch):
+    """It catches OutputLost; what it prints from then on goes nowhere, and the exit code stays."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    saved, stream = [], unwritable("pipe")
+
+    def carry_out():
+        try:
+            told("text")
+        except OutputLost:
+            told("saving")
+            saved.append(True)
+
+    with redirect_stdout(stream):
+        assert cli.run_command("x", carry_out) == 141 and saved == [True]
+    with suppress(OSError):
+        stream.close()
+    assert capsys.readouterr().err == ""
+
+
+def test_errors_that_nobody_can_read_do_no_harm(monkeypatch):
+    """Where stderr is lost or closed, work goes on, and the exit code says what there is to say."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+
+    def carry_out():
+        print("progress", file=sys.stderr, flush=True)
+        done.append(sys.stderr.isatty())
+        raise InputError("this is wrong.")
+
+    done, stream = [], unwritable("full")
+    for stderr in (stream, None):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert cli.run_command("x", carry_out) == 2
+    assert done == [False, False]
+    with suppress(OSError):
+        stream.close()
+
+
+def test_the_shell_sees_no_traceback():
+    """With | head, a full disk and a closed stdout; Python has nothing to add as it ends."""
+    ends = {"| true": 141, "> /dev/full": 2, ">&-": 2}
+    runs = [subprocess.Popen(
+        ["bash", "-c", f'"$0" "$1" --help {end}; exit ${{PIPESTATUS[0]}}', sys.executable,
+         HERE / "generate.py"], stderr=subprocess.PIPE, text=True) for end in ends]
+    for run, (end, code) in zip(runs, ends.items(), strict=True):
+        said = run.communicate(timeout=120)[1]
+        assert run.returncode == code, (end, said)
+        assert said.count("\n") == (code == 2) and "Traceback" not in said
+        assert code == 141 or said.startswith("generate.py: its output cannot be written (")
+
+
+# ------------------------------------------------------------------------- what a terminal is shown
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@given(st.text(alphabet=st.characters(max_codepoint=0x2070)))
+def test_harmless_text_has_no_commands(text):
+    shown = terminal.harmless(text)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", shown)
+    assert terminal.harmless(shown) == shown
+    if text.isascii() and text.isprintable():
+        assert shown == text
+
+
+def test_a_command_shows_only_its_own_sequences():
+    """Whatever it prints to a terminal, and to stderr; a file gets what there is."""
+    shade, text = terminal.COLOURS[0], "a\x1b[31mb\x1b]52;c;eA==\x07\tc\x9b2J\n"
+    safe = "a\u241b[31mb\u241b]52;c;eA==\u2407\tc<U+009B>2J\n"
+    for stream, shown in ((Terminal(), safe), (io.StringIO(), text)):
+        with redirect_stdout(stream), redirect_stderr(stream), terminal.screens():
+            print(text + shade + terminal.RESET, end="\r")
+            print(text, end="", file=sys.stderr)
+        assert stream.getvalue() == shown + shade + terminal.RESET + "\r" + shown
+
+
+@pytest.mark.parametrize("variables, colours", [
+    ({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True), ({"TERM": "dumb"}, False)])
+def test_colours_are_for_those_who_want_them(monkeypatch, variables, colours):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in {"TERM": "xterm", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert terminal.has_colours(Terminal()) == colours
+    assert not terminal.has_colours(io.StringIO())
+
+
+def test_messages_do_not_command_a_terminal(monkeypatch):
+    """Those of errors and warnings, whose names of files may be anything."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    screen = Terminal()
+
+    def carry_out():
+        sys.stderr.write(warnings.formatwarning("a\033[A", UserWarning, "", 1))
+        raise InputError("b\033[A\r is missing.")
+
+    with redirect_stderr(screen):
+        assert cli.run_command("x", carry_out) == 2
+    assert screen.getvalue() == "x: warning: a\u241b[A\nx: b\u241b[A\u240d is missing.\n"
 
 
 # --------------------------------------------------------------------------------- commands to type

@@ -1,13 +1,19 @@
 """Properties of the command generate.py."""
 
+import contextlib
+import io
+import os
 import re
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 
 import generate
-from conftest import refusal
+from conftest import HERE, refusal
 from nanodmc.config import SHAPES
 from test_dmc import both, model_of, seeds
 
@@ -37,7 +43,11 @@ def test_both_ops_generate_the_same(finished, capsys):
     for ops in ("fast", "reference"):
         assert generate.main(["--ckpt", str(finished), "--prompt", "3 times", "--ops", ops]) == 0
         outputs.append(capsys.readouterr().out)
-    assert outputs[0] == outputs[1]
+    texts, reports = zip(*(shown.split("The slots in use take") for shown in outputs), strict=True)
+    assert texts[0] == texts[1]
+    numbers = [re.findall(r"[\d,]+\d", report) for report in reports]
+    assert numbers[0][0] == numbers[1][0] and numbers[0][2] == numbers[1][1]
+    assert "is not counted" in reports[1]                        # what dmc.py allocates
 
 
 def test_a_prompt_from_a_file(finished, capsys, tmp_path):
@@ -66,7 +76,13 @@ def test_the_report_counts_slots_and_fits_a_terminal(ops, seed):
     found = re.findall(r"\b(\d+): (\d+\.\d\d)", report.partition("CR per layer")[2])
     assert found == [(str(i), f"{tokens / n:.2f}") for i, n in enumerate(slots)]
     used, full = (2 * 8 * 8 * n for n in (sum(slots), 30 * tokens))
-    assert f"{used:,} used, {full:,} uncompressed" in report
+    report = " ".join(report.split())
+    if hasattr(cache, "bytes"):
+        assert cache.bytes.used == used <= cache.bytes.allocated
+        assert (f"take {used:,} bytes of the {cache.bytes.allocated:,} allocated, where a plain "
+                f"cache takes {full:,}.") in report
+    else:
+        assert f"take {used:,} bytes, where a plain cache takes {full:,};" in report
 
 
 def test_the_report_says_so_where_nothing_merged():
@@ -75,8 +91,8 @@ def test_the_report_says_so_where_nothing_merged():
     model(torch.randint(0, 29, (1, 40)), cache)
     report = generate.cache_report(cache)
     slots = 2 * 2 * 40
-    assert report == (f"40 tokens; {slots} slots, {slots * 2 * 8 * 8:,} bytes of cache, "
-                      "nothing merged")
+    assert report.startswith(f"40 tokens; {slots} slots, nothing merged\n")
+    assert f"take {slots * 2 * 8 * 8:,} bytes" in report
 
 
 # ----------------------------------------------------------------------------------------- refusals
@@ -103,6 +119,7 @@ BAD_GENERATE = {
     "results over something else": ["--prompts", "short", "--out", "binary"],
     "no profile": ["--prompts", "short", "--out", "results", "--profile", "short/profile"],
     "no GPU": ["--device", "cuda"],
+    "two batches": ["--prompts", "short", "--out", "results", "--batch", "2", "3"],
     "a benchmark too short": ["--bench", "--tokens", "4"],
     "a benchmark too long": ["--bench", "--prompt-tokens", "9000"],
     "a benchmark to a folder": ["--bench", "--out", "truncated"],
@@ -122,6 +139,66 @@ def test_generate_refuses(case, messy_folder, capsys, finished):
     given_checkpoint = [] if "--ckpt" in flags else ["--ckpt", str(finished)]
     said = refusal(generate.main, [*given_checkpoint, *flags], capsys, messy_folder)
     assert said.startswith("generate.py: ")
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--prompt x --out f", "--out has no effect without --prompts or --bench;"),
+    ("--prompt x --batch 2", "--batch has no effect without --prompts"),
+    ("--prompt x --prompt-file short", "--prompt and --prompt-file are two prompts"),
+    ("--cr 2", "--cr has no effect without --bench"),
+    ("--show-merges 0.0 --seed 1", "--seed has no effect with --show-merges"),
+    ("--show-merges 0.0 --cache full", "--cache has no effect with --show-merges"),
+    ("--prompts short --out results --prompt x", "--prompt has no effect with --prompts"),
+    ("--prompts short --out results --prompt-file short", "--prompt-file has no effect with"),
+    ("--prompts short --out results --ops reference", "--ops has no effect with --prompts"),
+    ("--prompts short --out results --show-merges 0.0", "--show-merges has no effect with"),
+    ("--bench --prompts short", "--prompts has no effect with --bench"),
+    ("--bench --samples 1", "--samples has no effect with --bench"),
+    ("--bench --prompt-file short", "--prompt-file has no effect with --bench;"),
+    ("--bench --ckpt x --model toy", "--model has no effect with --bench --ckpt")])
+def test_flags_without_effect_are_refused(flags, said, messy_folder, capsys):
+    """Before anything is looked for, also where they repeat a default."""
+    assert said in refusal(generate.main, flags.split(), capsys, messy_folder)
+
+
+def test_every_flag_has_an_effect_in_some_mode():
+    names = {name for takes in generate.TAKES.values() for name in takes.split()}
+    known = {action.dest for action in generate.flags_of_all_modes()._actions}
+    assert names | {"ckpt", "device", "help"} == known
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("variable, value", [(None, None), ("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_a_terminal_is_not_commanded(finished, monkeypatch, variable, value):
+    """What sets a clipboard, a title or a position is shown as visible characters, also by
+    --show-merges, whose own colours are all that is left where colours are wanted."""
+    hostile = "\x1b]52;a\a\r\x9b2J"
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if variable:
+        monkeypatch.setenv(variable, value)
+    for flags in (["--tokens", "1", "--temperature", "0"], ["--show-merges", "0.0"]):
+        screen = Terminal()
+        with contextlib.redirect_stdout(screen):
+            assert generate.main(["--ckpt", str(finished), "--prompt", hostile, *flags]) == 0
+        shown = screen.getvalue()
+        plain = re.sub(r"\033\[[0-9;]*m", "", shown)
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", plain)
+        assert ("\033[" in shown) == ("--show-merges" in flags and not variable)
+        assert "\u241b]52;a\u2407\u240d<U+009B>2J" in plain.replace("|", "")
+
+
+def test_an_interruption_of_the_imports_is_quiet(tmp_path):
+    """Ctrl-C while torch is imported ends the command as a signal does, without a traceback."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport time\ntime.sleep(9)\n")
+    run = subprocess.run([sys.executable, HERE / "generate.py"], capture_output=True, timeout=60,
+                         env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert run.returncode == -signal.SIGINT and run.stderr == b""
 
 
 @pytest.mark.parametrize("ranks, flags, words", [

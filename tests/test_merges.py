@@ -97,9 +97,9 @@ def test_merges_page_command(finished, messy_folder, capsys):
     assert "".join(page_segments(page)[0, 0]) == HOSTILE
     assert json.loads(PAGE_DATA.search(page)[0])["positions"] == 16
     Path("occupied.html").mkdir()
-    for name in ("occupied.html", "short/page.html"):
-        said = refusal(generate.main, [*arguments, name], capsys, messy_folder)
-        assert f"{name} cannot be written" in said
+    for name, words in (("occupied.html", "occupied.html is a folder"),
+                        ("short/page.html", "short/page.html cannot be written")):
+        assert words in refusal(generate.main, [*arguments, name], capsys, messy_folder)
     plain = ["--ckpt", str(finished / "control"), "--show-merges", "page.html"]
     assert "plain model" in refusal(generate.main, plain, capsys, messy_folder)
 

@@ -130,3 +130,14 @@ def test_random_numbers_are_uniform_and_independent():
     for product in (z[1:] * z[:-1], z[:, 1:] * z[:, :-1], z[1:, 1:] * z[:-1, :-1],
                     z[1:, :-1] * z[:-1, 1:], swapped):
         assert abs(product.sum()) < 5 * math.sqrt(product.numel())
+
+
+def test_derived_seeds_are_seeds_of_their_own():
+    """In the range of --seed; no two of many are equal, and their draws are not those of the seed
+    they follow from, nor of one another at other positions."""
+    given = 0, 1, 2 ** 62
+    seeds = [sampling.derived_seed(seed, number) for seed in given for number in range(1, 99)]
+    assert len(set(seeds)) == len(seeds) and all(0 <= seed <= 2 ** 62 for seed in seeds)
+    assert seeds[:3] == [sampling.derived_seed(0, number) for number in (1, 2, 3)]
+    u = sampling.uniform(torch.tensor([*given, *seeds])[:, None], torch.arange(50)[None])
+    assert u.unique().numel() == u.numel()
