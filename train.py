@@ -20,15 +20,16 @@ A run has five phases. Each starts from the weights that an earlier one left beh
 Everything is written to the folder --out: settings, figures of every step, checkpoints, a table.
 """
 
+from nanodmc import interrupts
+
+# isort: split
 import argparse
 import math
 import os
-import signal
 import sys
 import time
 import warnings
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,12 +40,24 @@ from torch.utils.checkpoint import checkpoint
 
 import dmc
 from nanodmc.baselines import pooling_cache
-from nanodmc.checkpoint import load, random_model, runs_by_number
-from nanodmc.cli import OPS, Parser, provenance, run_command, typed
+from nanodmc.checkpoint import load, random_model
+from nanodmc.cli import OPS, Parser, provenance, run_command
 from nanodmc.config import shape
 from nanodmc.evaluate import evaluate
 from nanodmc.files import InputError, write_json
-from nanodmc.optim import check_memory, free_memory, memory_plan, new_optimizer, recompute_layers
+from nanodmc.optim import (
+    before_training,
+    checked_memory,
+    compile_parts,
+    flops_per_token,
+    flops_share,
+    free_memory,
+    memory_plan,
+    new_optimizer,
+    peak_memory,
+    recompute_layers,
+    release,
+)
 from nanodmc.parallel import (
     control_rows,
     device_of_this_process,
@@ -54,16 +67,22 @@ from nanodmc.parallel import (
     this_rank,
 )
 from nanodmc.plots import plot_runs
-from nanodmc.runs import Run, Stopped, flops_per_token, flops_share, peak_memory
-from nanodmc.settings import PRESETS, Phase, add_flags, new_settings, ratios, resumed_settings
+from nanodmc.runs import open_run
+from nanodmc.settings import PRESETS, Phase, add_flags, new_settings, ratios
+from nanodmc.stopping import Stopped, heeded
+from nanodmc.tables import averaged, show
 from nanodmc.text import batch
+
+interrupts.catch()
 
 # ------------------------------------------------------------------------------------ the phases
 
 def train(run):
     """All phases of a run, from its last saved state on; then the table."""
+    before_training()
     for index in range(run.saved["phase"], len(run.phases)):
         train_phase(run, index)
+        release()
     compare(run)
 
 
@@ -96,6 +115,7 @@ def train_phase(run, index):
                            target_cr=phase.target(step - 1), cr=cr)
         if step < phase.steps and step % s.save_every == 0:
             run.save_state(index, step, model, optimizer)
+    optimizer.zero_grad()
     del optimizer                       # whose memory the evaluation may need
     end_phase(run, phase, model)
     run.save_state(index + 1, 0)
@@ -113,14 +133,14 @@ def end_phase(run, phase, model):
     if phase.weights == phase.out:
         facts = {"phase": phase.name, "target_cr": phase.cr and phase.cr[1], "cr": cr}
         run.save_model(model, phase.out, **(facts if phase.dmc else {}))
-    run.save_figures(phase.out, loss, cr, heads)
+    run.save_figures(phase.out, loss, cr, heads, phase.cr and phase.cr[1])
 
 
 def compare(run):
     """The final table: each model beside averaging without learning, which is measured here.
 
     That is the control, or where there is none the model given, with every n tokens averaged; n is
-    the whole number nearest to the CR of the model beside it.
+    the whole number nearest to the CR that the model beside it was to reach.
     """
     s = run.settings
     baseline = run.phases[-1 if run.phases[-1].name == "control" else 0]
@@ -131,7 +151,7 @@ def compare(run):
     for target in s.solidified():
         run.stop_if_asked()
         entry = run.figures(f"cr{target:g}")
-        pooling = pooling_cache(plain.Cache, every=max(1, round(entry["cr"])))
+        pooling = pooling_cache(plain.Cache, every=averaged(target))
         pooled = evaluate(plain, run.val_tokens, s, pooling)[0]
         summary["dmc"].append({"target": target, **entry, "pooling": pooled})
     run.finish(summary)
@@ -237,9 +257,7 @@ def ready(model, s, device):
         recompute_layers(model)
     model = model.to(device) if rank_count() == 1 else share_out(model, s.dtype, device)
     if next(model.parameters()).is_cuda:
-        for layer in model.layers:
-            for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
-                part.compile()
+        compile_parts(model)
     return model
 
 
@@ -273,7 +291,11 @@ def measure_speed(s, steps, out):
     if steps < 4 or not s.init or s.batch % (ranks * (s.micro_batch or 1)):
         raise InputError("--bench needs 4 or more steps, --init llama2-7b or the like, and a "
                          "--batch that divides evenly.")
-    figures = {name: timed_steps(s, steps, name) for name in ("plain", "dmc")}
+    before_training()
+    figures = {}
+    for name in ("plain", "dmc"):
+        figures[name] = timed_steps(s, steps, name)
+        release()
     ratio = figures["dmc"]["seconds_per_step"] / figures["plain"]["seconds_per_step"]
     for name, f in figures.items():
         print(f"{name:<6}{f['tokens_per_second']:10,.0f} tokens/s, MFU {f['mfu']}, "
@@ -291,7 +313,9 @@ def timed_steps(s, steps, name):
     phase = Phase(name, None, None, steps, 0, 0, s.lr, dmc=name == "dmc",
                   cr=(1.0, s.cr) if name == "dmc" else None)
     config = shape(s.init, **s.method(phase.dmc))
-    check_memory(memory_plan(config, s, ranks), free_memory())
+    show(checked_memory(memory_plan(config, s, ranks), free_memory()), "memory")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(s.seed)
     place = device if ranks == 1 else None
     model = ready(random_model(config, OPS[s.ops], place, s.dtype), s, device)
@@ -306,14 +330,9 @@ def timed_steps(s, steps, name):
         print(f"{name:<6}{step + 1:>4}/{steps}  loss {loss:.4f}  {seconds[-1]:.3f} s", flush=True)
     per_step = float(np.median(seconds[3:]))
     speed = s.batch * s.context / per_step
-    found = {"seconds_per_step": per_step, "tokens_per_second": speed,
-             "peak_gb": peak_memory() / 1e9, "loss": loss,
-             "mfu": flops_share(speed * flops_per_token(config, s.context) / ranks)}
-    del model, optimizer
-    if torch.cuda.is_available():            # for the other one
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    return found
+    return {"seconds_per_step": per_step, "tokens_per_second": speed,
+            "peak_gb": peak_memory() / 1e9, "loss": loss,
+            "mfu": flops_share(speed * flops_per_token(config, s.context) / ranks)}
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -327,8 +346,9 @@ def parse(argv):
     group.add_argument("--resume", action="store_true",
                        help="continue the run in --out, or the newest one")
     group.add_argument("--preset", choices=PRESETS, metavar="NAME", help="which defaults: "
-                       "laptop, llama2-7b, -13b, -70b (the paper's), or short (600 steps of 64 "
-                       "sequences) [the one that --init names, else laptop]")
+                       "laptop; llama2-7b, -13b, -70b (the paper's); given (the paper's settings, "
+                       "in 600 steps of 64 sequences); short (as given, with decisions as of the "
+                       "laptop) [with --init the one that it names, else given; else laptop]")
     group.add_argument("--memory", type=float, metavar="GB",
                        help="what each card may hold [what is free]")
     other = parser.add_argument_group("instead of a run")
@@ -346,19 +366,6 @@ def parse(argv):
     return given, options
 
 
-def open_run(given, options):
-    """The Run that the flags ask for: a new one, or with --resume one that goes on."""
-    memory = options.memory and options.memory * 1e9
-    if not options.resume:
-        numbers = [int(path.name) for path in runs_by_number()]
-        out = options.out or Path("runs") / str(max(numbers, default=0) + 1)
-        return Run(new_settings(given, options.preset), out, memory)
-    out = options.out or next(reversed(runs_by_number()), None)
-    if out is None:
-        raise InputError("there is no run to resume in runs; give its folder with --out.")
-    return Run(resumed_settings(out, given), out, memory, resume=True)
-
-
 def carry_out(argv):
     """Do what the command line asks for. Raises InputError, or Stopped after a signal."""
     given, options = parse(argv)
@@ -369,20 +376,13 @@ def carry_out(argv):
         measure_speed(new_settings(given, options.preset), options.bench, out)
     else:
         run = open_run(given, options)
-        for interruption in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(interruption, lambda *_: setattr(run, "stop", True))
-        try:
+        with heeded(run):
             train(run)
-        except Stopped:
-            command = typed("train.py", "--resume", "--out", run.out)
-            print(f"\nStopped, and saved. To go on:\n    {command}")
-            raise
 
 
 def main(argv=None):
     torch.set_flush_denormal(True)    # products of many small alphas, which CPUs are slow at
-    # torch says so where there is one process, which needs no torchrun
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no torchrun
     if rank_count() > 1:
         if cuda := torch.cuda.is_available():
             torch.cuda.set_device(device_of_this_process())
@@ -390,7 +390,7 @@ def main(argv=None):
         if this_rank():
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - as long as the process lives
     try:
-        return run_command("train.py", partial(carry_out, argv))
+        return run_command("train.py", lambda: carry_out(argv))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

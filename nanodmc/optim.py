@@ -1,5 +1,8 @@
-"""AdamW, with stochastic rounding for weights in bf16, and the memory that training takes."""
+"""AdamW, with stochastic rounding for weights in bf16; the memory and work that training takes."""
 
+import gc
+import resource
+import sys
 import weakref
 from functools import partial
 
@@ -9,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from dmc import Transformer
 from nanodmc.files import InputError, read_lines
 from nanodmc.parallel import local, over_ranks
-from nanodmc.tables import show
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}          # bf16, dense, SXM cards
 
 
 def new_optimizer(model, s, passes=1):
@@ -51,6 +55,45 @@ def recompute_layers(model):
         # a proxy: the layer itself would be a reference cycle, which keeps its weights alive
         forward = partial(type(layer).forward, weakref.proxy(layer))
         layer.forward = partial(checkpoint, forward, use_reentrant=False)
+
+
+def compile_parts(model, backend="inductor"):
+    """Compile what lies between the matrix products of each layer: MLPs and norms.
+
+    `part.compile()` would keep a bound method in the part, a reference cycle that keeps its weights
+    alive. What is compiled here is the class's function, once for all layers, and a part reaches
+    itself through a weak reference.
+    """
+    compiled = {}
+    for layer in model.layers:
+        for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
+            forward = type(part).forward
+            if forward not in compiled:
+                compiled[forward] = torch.compile(forward, backend=backend)
+            part.forward = partial(call_on, weakref.ref(part), compiled[forward])
+
+
+def call_on(reference, function, *inputs):
+    """function of what the weak reference refers to, and the inputs."""
+    return function(reference(), *inputs)
+
+
+def before_training():
+    """Import what PyTorch imports in the first step, before a model is there.
+
+    Such an import keeps frames alive until the garbage collector comes, and with them the model.
+    """
+    import torch._dynamo  # noqa: F401
+
+
+def release():
+    """Free what is left of a phase, for the next one. Its model is gone by then, on one rank.
+
+    What FSDP2 and a first compilation leave in reference cycles goes here.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 # ------------------------------------------------------------------------------------ AdamW in bf16
@@ -98,7 +141,8 @@ class RoundingAdamW(torch.optim.Optimizer):
             self.state[p] = new_moments(p)
             if sums:
                 self.sums[p] = torch.zeros_like(local(p), dtype=torch.float32)
-                p.register_post_accumulate_grad_hook(partial(add_gradient, self.sums[p]))
+                total = weakref.ref(self.sums[p])       # so that the sums go with the optimizer
+                p.register_post_accumulate_grad_hook(partial(add_gradient, total))
         self.update = torch.compile(adamw) if p.is_cuda else adamw
 
     def parameters(self):
@@ -142,10 +186,11 @@ class RoundingAdamW(torch.optim.Optimizer):
         return torch.cat([self.factor.view(1), torch.tensor(numbers).to(device, non_blocking=True)])
 
 
-def add_gradient(total, p):
-    """Move p's gradient into total."""
-    total += local(p.grad)
-    p.grad = None
+def add_gradient(reference, p):
+    """Move p's gradient into the sum that a weak reference refers to, unless that is gone."""
+    if (total := reference()) is not None:
+        total += local(p.grad)
+        p.grad = None
 
 
 # --------------------------------------------------------------------------------- the memory plan
@@ -188,14 +233,42 @@ def free_memory():
                  if line.startswith("MemAvailable")), None)
 
 
-def check_memory(plan, free):
-    """Print the plan. Raises InputError where it exceeds what is free (bytes, or None)."""
+def checked_memory(plan, free):
+    """The plan in words. Raises InputError where it exceeds what is free (bytes, or None)."""
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in plan.items() if size)
     total = sum(plan.values())
     of = f" of {free / 1e9:.1f}" if free else ""
-    show(f"{total / 1e9:.1f}{of} GB: {parts}", "memory")
     if free and total > free:
         raise InputError(
             f"the run needs {total / 1e9:.1f} GB on each card ({parts}) and {free / 1e9:.1f} are "
             "free; lower --micro-batch or --context, take --precision bf16, or use more cards "
             "with torchrun.")
+    return f"{total / 1e9:.1f}{of} GB: {parts}"
+
+
+# ---------------------------------------------------------------------------------- speed and peaks
+
+def parameter_count(config):
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(config).parameters())
+
+
+def flops_per_token(config, context):
+    """FLOPs of a training step per token: 6 for each parameter, and those of causal attention."""
+    attention = 6 * config.n_layer * config.n_head * config.head_dim * context
+    return 6 * parameter_count(config) + attention
+
+
+def flops_share(per_second):
+    """MFU: FLOPs per second as a share of the card's peak; None where that is not known."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    shares = (round(per_second / peak, 3) for card, peak in PEAK_FLOPS.items() if card in name)
+    return next(shares, None)
+
+
+def peak_memory():
+    """The most bytes that tensors took on the card; without a card, that this process took."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -7,6 +7,7 @@ import numpy as np
 from nanodmc.cli import installing
 from nanodmc.files import InputError, read_json, read_lines
 from nanodmc.settings import Settings, plan
+from nanodmc.tables import averaged
 
 
 def new_figure(width, height):
@@ -129,7 +130,7 @@ def plot_memory(summary, path):
     entries = sorted(summary["dmc"], key=lambda entry: entry["cr"])
     axes = figure.subplots()
     draw_policy(axes, "every n tokens averaged", "C1s--", -14,
-                [(round(e["cr"]), e["pooling"] - summary[baseline]) for e in entries])
+                [(averaged(e["target"]), e["pooling"] - summary[baseline]) for e in entries])
     draw_policy(axes, "DMC", "C0o-", 7, [(e["cr"], e["loss"] - summary[baseline]) for e in entries])
     axes.set_xlabel("share of the cache kept (%)", fontsize=9)
     axes.set_ylabel(f"loss above the {baseline} model's\n(nats per {summary['unit']})", fontsize=9)

@@ -7,9 +7,7 @@ folder of tensors (what --resume needs), a folder of weights per model with its 
 
 import json
 import os
-import resource
 import shutil
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,24 +19,28 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dmc import Transformer
-from nanodmc.checkpoint import locate, save
+from nanodmc.checkpoint import locate, runs_by_number, save
 from nanodmc.cli import provenance, typed
 from nanodmc.config import read_config, shape
 from nanodmc.files import InputError, listed, one_line, read_json, write_atomically, write_json
-from nanodmc.optim import check_memory, free_memory, memory_plan, states
+from nanodmc.optim import (
+    checked_memory,
+    flops_per_token,
+    flops_share,
+    free_memory,
+    memory_plan,
+    parameter_count,
+    peak_memory,
+    states,
+)
 from nanodmc.parallel import device_of_this_process, gathered, over_ranks, rank_count, this_rank
-from nanodmc.settings import plan
-from nanodmc.tables import LOG_HEAD, heat_map, log_line, show, table
+from nanodmc.settings import new_settings, plan, resumed_settings
+from nanodmc.stopping import Stopped
+from nanodmc.tables import LOG_HEAD, Pace, heat_map, log_line, show, table
 from nanodmc.text import load_data
 from nanodmc.tokenizer import Tokenizer
 
 BEGINNING = {"phase": 0, "step": 0, "seconds": 0.0, "tensors": None}   # the state of a new run
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}          # bf16, dense, SXM cards
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal asked the run to end."""
 
 
 def starting_config(settings, given):
@@ -58,45 +60,36 @@ def starting_config(settings, given):
     return config
 
 
+def check_folder(folder):
+    """Raises InputError where a folder cannot be made, or not be written to. Makes nothing."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "may not be written to" if there.is_dir() else "is no folder"
+        raise InputError(f"{folder} cannot be written ({there} {what}); choose another --out.")
+
+
 @contextmanager
 def writing(folder):
     """Raises InputError where something in the folder cannot be written."""
     try:
         yield
     except (OSError, RuntimeError, CheckpointException) as error:
-        # a CheckpointException lists the errors of all ranks
-        reasons = [line for line in str(error).splitlines() if "Error" in line]
-        reason = (reasons or [one_line(error)])[-1].strip()[:200]
-        raise InputError(f"{folder} cannot be written ({reason}); free some space, then --resume: "
-                         "the state saved before is whole.") from None
+        raise InputError(f"{folder} cannot be written ({reason(error)}); free some space, then "
+                         "--resume: the state saved before is whole.") from None
 
 
-# ------------------------------------------------------------------------------ speed and memory
-
-def parameter_count(config):
-    with torch.device("meta"):
-        return sum(p.numel() for p in Transformer(config).parameters())
-
-
-def flops_per_token(config, context):
-    """FLOPs of a training step per token: 6 for each parameter, and those of causal attention."""
-    attention = 6 * config.n_layer * config.n_head * config.head_dim * context
-    return 6 * parameter_count(config) + attention
-
-
-def flops_share(per_second):
-    """MFU: FLOPs per second as a share of the card's peak; None where that is not known."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    shares = (round(per_second / peak, 3) for card, peak in PEAK_FLOPS.items() if card in name)
-    return next(shares, None)
-
-
-def peak_memory():
-    """The most bytes that tensors took on the card; without a card, that this process took."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def reason(error):
+    """Why a write failed, in words: what the system said, wherever PyTorch keeps it."""
+    # a CheckpointException has the errors of all ranks
+    errors = [first for first, _ in getattr(error, "failures", {}).values()] or [error]
+    for e in errors:
+        if e.__context__ is not None:           # which led to it
+            errors.append(e.__context__)
+        if isinstance(e, OSError) and e.errno:
+            return os.strerror(e.errno)
+    if any("enforce fail" in str(e) for e in errors):       # of the file that torch writes
+        return "a file was cut short, as on a full disk"
+    return one_line(errors[0]) or type(errors[0]).__name__
 
 
 # ----------------------------------------------------------------------------------------- a run
@@ -114,7 +107,7 @@ class Run:
         self.started = time.perf_counter()
         self.stop = False                 # whether a signal asked the run to end
         self.metrics = None               # metrics.jsonl, once it is open
-        self.pace = {}                    # with decisions or not -> (steps, seconds), this sitting
+        self.pace = Pace()
         self.recent, self.shown = [], 0   # losses since the last regular line; lines so far
         if self.has("run.json") and not resume:
             raise InputError(f"{self.out} already holds a run; add --resume to continue it, or "
@@ -125,8 +118,9 @@ class Run:
         if settings.init and not settings.random_weights:
             self.given = locate(settings.init).resolve()
         self.phases = plan(settings, self.given)
-        self.check_model(memory)
-        self.read_text(before)
+        opening = self.check_model(memory)
+        check_folder(self.out)
+        opening["text"] = self.read_text(before)
         if resume and before != self.key:
             raise InputError(f"the text is not the one that {self.out} was trained on; restore it, "
                              "or start a new run.")
@@ -137,31 +131,39 @@ class Run:
         self.wait()
         self.write_json("run.json", {"settings": asdict(settings),
                                      "train_tokens": len(self.train_tokens), "text": self.key})
+        for name, line in {"run": str(self.out), **opening}.items():
+            show(line, name)
         self.show_phases(resume)
 
     def check_model(self, memory):
-        """Read sizes and tokenizer of the model to start from; refuse what memory cannot hold."""
+        """Read sizes and tokenizer of the model to start from; refuse what memory cannot hold.
+
+        Returns what there is to say of model and memory, by name.
+        """
         s, config = self.settings, starting_config(self.settings, self.given)
         if s.batch % (self.ranks * (s.micro_batch or 1)):
             raise InputError(f"--batch {s.batch} cannot be shared by {self.ranks} cards with "
                              f"--micro-batch {s.micro_batch}; choose a multiple.")
         self.flops = flops_per_token(config, s.context)
-        show(str(self.out), "run")
-        show(f"{s.init or 'a small Llama'}, {parameter_count(config):,} parameters: "
-             f"{config.n_layer} layers, {config.n_head} heads, width {config.dim}", "model")
-        check_memory(memory_plan(config, s, self.ranks), memory or free_memory())
         self.tokenizer = Tokenizer.from_folder(self.given) if self.given else Tokenizer.bytes()
+        return {
+            "model": f"{s.init or 'a small Llama'}, {parameter_count(config):,} parameters: "
+                     f"{config.n_layer} layers, {config.n_head} heads, width {config.dim}",
+            "memory": checked_memory(memory_plan(config, s, self.ranks), memory or free_memory())}
 
     def read_text(self, key):
-        """Read the text, as tokens. The first rank tokenizes; the others find it done."""
+        """Read the text, as tokens; returns what there is to say of it.
+
+        The first rank tokenizes; the others find it done.
+        """
         for turn in range(min(self.ranks, 2)):
             if turn == min(self.rank, 1):
                 data = load_data(self.settings, self.given, key)
                 self.train_tokens, self.val_tokens, self.key = data
             self.wait()
         source = listed(self.settings.data or ["the sources of Python's standard library"], 2)
-        show(f"{source}: {len(self.train_tokens):,} {self.unit}s to train on, "
-             f"{len(self.val_tokens):,} to validate on", "text")
+        return (f"{source}: {len(self.train_tokens):,} {self.unit}s to train on, "
+                f"{len(self.val_tokens):,} to validate on")
 
     def show_phases(self, resume):
         """Say what the run will do, and where it goes on."""
@@ -250,10 +252,11 @@ class Run:
             save(model, self.out / folder, self.tokenizer, **facts)
         self.wait()
 
-    def save_figures(self, folder, loss, cr, heads):
-        """Write and show what was measured when a phase ended."""
+    def save_figures(self, folder, loss, cr, heads, target=None):
+        """Write and show what was measured when a phase ended. target: the CR it was to reach."""
         self.write_json(f"{folder}/figures.json", {"loss": loss, "cr": cr, "heads": heads})
-        print(f"{'':<12}validation {loss:.4f} nats per {self.unit} at CR {cr:.2f} -> {folder}",
+        aim = f" (target {target:g})" if target else ""
+        print(f"{'':<12}validation {loss:.4f} nats per {self.unit} at CR {cr:.2f}{aim} -> {folder}",
               flush=True)
 
     def figures(self, folder):
@@ -289,9 +292,8 @@ class Run:
     def record(self, index, step, loss, cr, heads, seconds):
         """A line of metrics.jsonl for a step that took so many seconds; some also on the screen."""
         phase, s = self.phases[index], self.settings
-        steps, total = self.pace.get(phase.dmc, (0, 0.0))
-        self.pace[phase.dmc] = steps + 1, total + seconds
-        speed = s.batch * s.context / ((total + seconds) / (steps + 1))
+        self.pace.add(phase.dmc, seconds)
+        speed = s.batch * s.context / self.pace.per_step(phase.dmc)
         last = step + 1 == phase.steps
         entry = {"index": index, "phase": phase.name, "step": step, "loss": loss,
                  "target_cr": phase.target(step), "cr": cr,
@@ -318,17 +320,26 @@ class Run:
         return self.seconds_before + time.perf_counter() - self.started
 
     def seconds_left(self, index, step):
-        """What the pace so far promises; None after the first step, which is slow.
+        """What the present pace promises for the steps after this one, or None."""
+        left = {True: 0, False: 0}
+        for i, phase in enumerate(self.phases[index:]):
+            left[phase.dmc] += phase.steps - (0 if i else step + 1)
+        return self.pace.left(left)
 
-        Until one was timed, a step with decisions counts as 1.7 plain ones.
-        """
-        if sum(steps for steps, _ in self.pace.values()) < 2:
-            return None
 
-        def per_step(decided):
-            factor = 1.0 if decided in self.pace else 1.7 if decided else 1 / 1.7
-            steps, seconds = self.pace.get(decided) or self.pace[not decided]
-            return seconds / steps * factor
+def open_run(given, options):
+    """The Run that the flags ask for: a new one, or with --resume one that goes on.
 
-        return sum((phase.steps - (step + 1 if i == index else 0)) * per_step(phase.dmc)
-                   for i, phase in enumerate(self.phases) if i >= index)
+    given: settings, a dict. options: a namespace with out, resume, preset and memory (GB).
+    """
+    memory = options.memory and options.memory * 1e9
+    if options.resume:
+        out = options.out or next(reversed(runs_by_number()), None)
+        if out is None:
+            raise InputError("there is no run to resume in runs; give its folder with --out.")
+        return Run(resumed_settings(out, given), out, memory, resume=True)
+    numbers = [int(path.name) for path in runs_by_number()]
+    out = options.out or Path("runs") / str(max(numbers, default=0) + 1)
+    if given.get("init") and not given.get("data") and not given.get("random_weights"):
+        raise InputError("--init needs text to train on; add --data FILE.")     # before a download
+    return Run(new_settings(given, options.preset), out, memory)

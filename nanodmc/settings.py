@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from nanodmc.checkpoint import locate
 from nanodmc.cli import OPS
-from nanodmc.config import checked_config
+from nanodmc.config import SHAPES, checked_config, read_config, shape
 from nanodmc.files import InputError, read_json
 
 
@@ -63,7 +64,7 @@ class Settings:
     data: list = setting(
         "data", None, "UTF-8 text: files, folders, patterns with *. In .txt, a line with only a "
         "form feed stands between documents; .jsonl has one a line; any other file is one. May be "
-        "packed as .gz, .xz or .zst [the sources of Python's standard library]",
+        "packed as .gz, .xz or .zst [without --init: the sources of Python's standard library]",
         nargs="+", metavar="FILE", type=full_path)
     field: str = setting("data", "text", "the key in .jsonl that holds the text", metavar="KEY")
     context: int = setting("data", 128, "tokens per training sequence, and positions of the small "
@@ -187,14 +188,15 @@ class Settings:
 
 
 PAPER = {f.name: f.metadata["paper"] for f in fields(Settings)}
+BRIEF = {"batch": 64, "free_steps": 50, "retrofit_steps": 400, "solidify_steps": 150, "cr": 3.0,
+         "eval_sequences": 64}                     # a schedule of 600 steps
 PRESETS = {
     "laptop": {},
+    "given": {**PAPER, **BRIEF},
     "llama2-7b": PAPER,
     "llama2-13b": PAPER,
     "llama2-70b": {**PAPER, "lr": 1.5e-5},
-    "short": {**PAPER, "batch": 64, "free_steps": 50, "retrofit_steps": 400, "solidify_steps": 150,
-              "cr": 3.0, "tau": 0.2, "c": 3.0, "cr_weight": 2.0, "channel_lr_factor": 10.0,
-              "eval_sequences": 64}}
+    "short": {**PAPER, **BRIEF, "tau": 0.2, "c": 3.0, "cr_weight": 2.0, "channel_lr_factor": 10.0}}
 CHANGEABLE = {"lr", "clip", "save_every", "log_every", "solidify"}      # when a run is resumed
 
 
@@ -295,14 +297,27 @@ def ratios(name, words):
 def new_settings(given, preset=None):
     """The Settings of a new run. given: those that flags gave. preset: a name in PRESETS.
 
-    Raises InputError where the flags contradict each other.
+    Without one, a model that --init names brings its own, or "given". Its sequences are no longer
+    than its positions. Raises InputError where the flags contradict each other.
     """
     small = {"layers", "heads", "kv_heads", "dim", "ffn_dim", "pretrain_steps"} & given.keys()
-    if given.get("init") and small:
+    init = given.get("init")
+    if init and small:
         raise InputError(f"{flag(min(small))} is for the small model; leave it out with --init, "
                          "which brings its own.")
-    named = given["init"] if given.get("init") in PRESETS else "laptop"
-    return Settings(**{**PRESETS[preset or named], **given})
+    named = "laptop" if init is None else init if init in PRESETS else "given"
+    settings = Settings(**{**PRESETS[preset or named], **given})
+    if init and "context" not in given:
+        settings = replace(settings, context=min(settings.context, positions(settings)))
+    return settings
+
+
+def positions(settings):
+    """How many positions the model has that --init names. Raises InputError where there is none."""
+    shapes = {*SHAPES, "toy"}
+    if settings.random_weights or settings.init in shapes:
+        return shape(settings.init).max_seq_len
+    return read_config(locate(settings.init)).max_seq_len
 
 
 def resumed_settings(out, given):

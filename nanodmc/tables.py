@@ -5,6 +5,8 @@ No line is wider than 79 columns.
 
 import math
 import textwrap
+from collections import deque
+from statistics import fmean
 
 WIDTH = 79
 LOG_HEAD = (f"{'phase':<12}{'step':>8}{'loss':>11}{'target':>7}{'CR':>7}{'lr':>8}{'tok/s':>8}"
@@ -32,6 +34,35 @@ def log_line(phase, entry, loss, left):
             f"{'-' if mfu is None else f'{mfu:.0%}':>5}{entry['peak_gb']:6.1f}{duration(left):>7}")
 
 
+class Pace:
+    """Seconds per step, with decisions and without: the mean over the latest steps of this sitting.
+
+    The latest ones, so that it follows a machine that others share, and forgets a slow start.
+    """
+    LATEST = 20
+
+    def __init__(self):
+        self.seconds = {}
+
+    def add(self, decided, seconds):
+        """A step took so many seconds."""
+        self.seconds.setdefault(decided, deque(maxlen=self.LATEST)).append(seconds)
+
+    def per_step(self, decided):
+        """Seconds that such a step takes; until one was timed, 1.7 plain ones have decisions."""
+        factor = 1.0 if decided in self.seconds else 1.7 if decided else 1 / 1.7
+        return fmean(self.seconds.get(decided) or self.seconds[not decided]) * factor
+
+    def left(self, steps):
+        """Seconds for what is left: steps with decisions or without, {True: N, False: N}.
+
+        None before the second step: the first one is slow.
+        """
+        if sum(map(len, self.seconds.values())) < 2:
+            return None
+        return sum(n * self.per_step(decided) for decided, n in steps.items())
+
+
 def duration(seconds):
     """Seconds as 4:05 (minutes), 4h05m, 4d05h or 104d; None as -."""
     if seconds is None:
@@ -45,24 +76,50 @@ def duration(seconds):
     return f"{days}d{hours:02}h" if days < 100 else f"{days}d"
 
 
+def averaged(target):
+    """How many tokens averaging without learning puts into a slot, beside a model of this CR."""
+    return max(1, round(target))
+
+
 def table(summary):
     """The final table: validation losses, and their distance to the control.
 
-    Where there was no control, to the pretrained model. Losses are in nats per byte or token.
+    Losses are in nats per byte or token. Without a control there are no distances: what further
+    training on the text does by itself is not known then. Warns of targets that were missed.
     """
-    baseline = "control" if "control" in summary else "pretrained"
+    controlled = "control" in summary
     rows = [("pretrained", 1.0, summary["pretrained"])]
-    if "control" in summary:
+    if controlled:
         rows.append(("control, trained on without compression", 1.0, summary["control"]))
     for entry in summary["dmc"]:
-        every = round(entry["cr"])
+        every = averaged(entry["target"])
         rows.append((f"DMC {entry['target']:g}x", entry["cr"], entry["loss"]))
-        rows.append((f"{baseline}, every {every} tokens averaged", float(every), entry["pooling"]))
+        if every > 1:
+            name = f"{'control' if controlled else 'pretrained'}, every {every} tokens averaged"
+            rows.append((name, float(every), entry["pooling"]))
+    distance = lambda loss: f"{loss - summary['control']:+14.4f}" if controlled else ""
     lines = [f"\n{'validation, through the cache':<42}{'CR':>6}{'nats/' + summary['unit']:>11}"
-             f"{'to ' + baseline:>14}"]
-    lines += [f"{name:<42}{cr:6.2f}{loss:11.4f}{loss - summary[baseline]:+14.4f}"
-              for name, cr, loss in rows]
-    return "\n".join(lines)
+             + f"{'to control':>14}" * controlled]
+    lines += [f"{name:<42}{cr:6.2f}{loss:11.4f}{distance(loss)}" for name, cr, loss in rows]
+    notes = [missed(entry) for entry in summary["dmc"]]
+    if not controlled:
+        notes.append("Without a control (--control) nobody knows how much of a difference to "
+                     "pretrained comes from training on this text, and how much from DMC.")
+    return "\n".join(lines + [textwrap.fill(note, WIDTH, break_on_hyphens=False)
+                              for note in notes if note])
+
+
+def missed(entry, tolerance=0.05):
+    """A warning where a model of the table misses its target by more than this share, or None."""
+    target, cr = entry["target"], entry["cr"]
+    if abs(cr / target - 1) <= tolerance:
+        return None
+    if cr < target:
+        way = (f"below {target:g}. Give it more --retrofit-steps, or a larger --cr-weight, "
+               "--channel-lr-factor or --lr.")
+    else:
+        way = f"above {target:g}. Give it more --solidify-steps."
+    return f"warning: DMC {target:g}x missed its target: CR {cr:.2f} was reached, {way}"
 
 
 def heat_map(heads):

@@ -27,6 +27,7 @@ from nanodmc import cli, files, flash_attention, optim
 from nanodmc.config import SHAPES
 from nanodmc.files import InputError
 from nanodmc.settings import PRESETS, Phase, Settings, plan
+from nanodmc.tables import show
 from nanodmc.text import batch, standard_library
 from test_dmc import assert_close, config_of, groups, model_of, seeds
 
@@ -242,7 +243,7 @@ def test_the_memory_plan_counts_what_stays(tmp_path, text, capsys, monkeypatch):
 @pytest.mark.parametrize("name", ["llama2-7b", "llama2-70b"])
 def test_the_memory_plan_fits_a_terminal(name, capsys):
     planned = optim.memory_plan(Config(**SHAPES[name]), Settings(**PRESETS[name]), 8)
-    optim.check_memory(planned, 640e9)
+    show(optim.checked_memory(planned, 640e9), "memory")
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     words = " ".join(" ".join(lines).split())
@@ -250,7 +251,7 @@ def test_the_memory_plan_fits_a_terminal(name, capsys):
                  "640.0"):
         assert part in words
     with pytest.raises(InputError, match="--micro-batch"):
-        optim.check_memory(planned, sum(planned.values()) - 1)
+        optim.checked_memory(planned, sum(planned.values()) - 1)
 
 
 class AverageOnMeta(torch.autograd.Function):
@@ -297,6 +298,16 @@ def test_llama2_7b_fits_one_card():
     assert planned["gradients"] == planned["moments"] == 6738415616 * 4
     assert planned["kept activations"] == 32 * 4096 * 4096 * 2
     assert sum(planned.values()) + 2e9 < 78e9
+
+
+def test_model_flops(monkeypatch):
+    """Of Llama 2 7B at 4,096 tokens: 6 for each of 6.74 billion parameters, and 12 L dim T / 2."""
+    config = Config(**SHAPES["llama2-7b"])
+    attention = 12 * 32 * 4096 * 4096 // 2
+    assert optim.flops_per_token(config, 4096) == 6 * 6738415616 + attention
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert optim.flops_share(0.4 * 989e12) == 0.4
 
 
 # ------------------------------------------------------------------------------------- against fp32

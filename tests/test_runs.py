@@ -1,14 +1,20 @@
 """Properties of nanodmc/runs.py: a run survives any interruption, and shows what it does."""
 
 import contextlib
+import errno
+import fcntl
+import io
 import json
 import math
 import os
+import pty
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import termios
 import time
 from pathlib import Path
 
@@ -18,6 +24,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.api import CheckpointException
 
 import train
 from conftest import (
@@ -34,10 +41,10 @@ from conftest import (
     single_threaded,
     summary,
 )
-from dmc import Config
 from nanodmc import runs
 from nanodmc.checkpoint import load
-from nanodmc.config import SHAPES
+from nanodmc.files import InputError
+from nanodmc.stopping import Stopped, heeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")       # faster for tiny models
 
@@ -72,7 +79,7 @@ def test_resume_is_bit_identical(tmp_path_factory, finished, text, died_at, agai
     assert same_weights(out, finished)
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
 def test_a_killed_process_resumes(tmp_path, finished, text, signal_number):
     out, delay = tmp_path / "run", np.random.default_rng().uniform(0, 1.5)
     command = [sys.executable, HERE / "train.py", "--out", out, "--data", text, *TINY]
@@ -83,10 +90,73 @@ def test_a_killed_process_resumes(tmp_path, finished, text, signal_number):
     process.send_signal(signal_number)
     printed = process.communicate(timeout=60)[0]
     finished_before = (out / "summary.json").exists()
-    if signal_number == signal.SIGTERM and not finished_before:
+    if signal_number != signal.SIGKILL and not finished_before:
         assert process.returncode == 130 and f"train.py --resume --out {out}" in printed
     assert train.main(["--out", str(out), "--resume"]) == 0
     assert curve(out) == curve(finished), f"{delay} s after the start"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+def test_an_output_that_is_gone_stops_and_saves(tmp_path, finished, text, kind):
+    """A pipe whose reader ends, as head does; a terminal that hangs up, which sends SIGHUP too."""
+    out = tmp_path / "run"
+    command = [sys.executable, HERE / "train.py", "--out", out, "--data", text, *TINY,
+               "--log-every", "1"]
+    read, write = os.pipe() if kind == "pipe" else pty.openpty()
+    own = (lambda: fcntl.ioctl(1, termios.TIOCSCTTY, 0)) if kind == "terminal" else None
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=write, stderr=errors, start_new_session=True,
+                                   preexec_fn=own)
+        os.close(write)
+        shown = b""
+        while b"pretrain" not in shown.partition(b"left")[2]:         # the first step is done
+            shown += (part := os.read(read, 100))
+            assert part, "it ended by itself"
+        os.close(read)
+        code = process.wait(timeout=60)
+        errors.seek(0)
+        said = errors.read()
+    assert code == 130, said
+    assert "Traceback" not in said and "Exception" not in said
+    assert f"train.py --resume --out {out}" in said and "Stopped, and saved" in said
+    state = json.loads((out / "state.json").read_text())
+    assert 0 < state["step"] + 10 * state["phase"] < 50 and not (out / "summary.json").exists()
+    assert train.main(["--out", str(out), "--resume"]) == 0
+    assert [{**e, "heads": 0} for e in curve(out)] == [{**e, "heads": 0} for e in curve(finished)]
+
+
+class Full(io.StringIO):
+    """A file on a disk that is full once it has a line of figures."""
+
+    def write(self, text):
+        if " 6/6 " in self.getvalue():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(text)
+
+
+def test_a_full_disk_under_the_output_stops_and_saves(tmp_path, text, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Full())
+    run = ["--out", str(tmp_path / "run")]
+    assert train.main([*run, "--data", text, *TINY]) == 130
+    said = capsys.readouterr().err
+    assert "its output cannot be written (No space left on device)" in said
+    assert f"--resume --out {tmp_path / 'run'}" in said
+    assert 0 < json.loads((tmp_path / "run/state.json").read_text())["phase"]
+
+
+def test_nohup_is_heeded(finished):
+    """A run whose parent ignores SIGHUP ignores it too."""
+    run = runs.open_run(*train.parse(["--resume", "--out", str(finished)]))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with heeded(run):
+            os.kill(os.getpid(), signal.SIGHUP)
+            run.stop_if_asked()
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(Stopped):
+                run.stop_if_asked()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 SAVING_STOPS = {"before the tensors": (dcp, "save", False),
@@ -151,22 +221,50 @@ def test_resume_says_where_it_goes_on(tmp_path, finished, text, capsys):
     assert f"{tmp_path / 'new'} goes on in pretrain at step 1 of 6" in shown
 
 
-def test_a_full_disk_while_saving_keeps_the_state(tmp_path, finished, text, capsys):
-    """No file may grow beyond 20 KB, less than a state: the kernel refuses, as on a full disk."""
+@pytest.mark.parametrize("room", [2_000, 20_000])
+def test_a_full_disk_while_saving_keeps_the_state(tmp_path, finished, text, capsys, room):
+    """No file may grow beyond less than a state: the kernel refuses, as on a full disk, within a
+    tensor or between two."""
     out, (soft, hard) = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
-    fill = lambda model: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    fill = lambda model: resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
         code = interrupted(out, text, fill, ["--save-every", "2"], at=3)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().err
-    assert code == 2 and "cannot be written" in said and "File too large" in said
+    assert code == 2 and f"{out} cannot be written (File too large); free some space" in said
     assert "Traceback" not in said
     assert json.loads((out / "state.json").read_text())["step"] == 2
     folders = [folder.name for folder in out.glob("state-*")]
     assert folders == ["state-0-2"]                  # what did not fit makes room
     assert train.main(["--out", str(out), "--resume", "--save-every", "4"]) == 0
     assert curve(out) == curve(finished)
+
+
+@pytest.mark.parametrize("error,says", [
+    (OSError(errno.ENOSPC, "x"), "No space left on device"),
+    (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
+     "a file was cut short, as on a full disk"),
+    (OSError("5 requested and 3 written"), "5 requested and 3 written"),
+    (OSError(), "OSError"),
+    (RuntimeError("Parent directory x does not exist."), "Parent directory x does not exist."),
+])
+def test_the_reason_that_nothing_can_be_written_is_said_in_words(error, says):
+    """Alone, on another rank, and where it led to another error."""
+    def led_to_another():
+        try:
+            raise error
+        except type(error):
+            raise RuntimeError("[enforce fail at inline_container.cc:672]") from None
+
+    for raised in (error, CheckpointException("write", {0: (error, [])})):
+        with pytest.raises(InputError) as told, runs.writing("run"):
+            raise raised
+        assert f"run cannot be written ({says}); free" in str(told.value)
+    if isinstance(error, OSError) and error.errno:
+        with pytest.raises(InputError) as told, runs.writing("run"):
+            led_to_another()
+        assert says in str(told.value)
 
 
 def test_a_scheduler_stops_a_run_between_two_passes(tmp_path, text, capsys):
@@ -226,16 +324,6 @@ def test_metrics_have_what_a_plot_needs(finished):
     for e in heads:
         assert 1 / np.mean(1 / np.array(e["heads"])) == pytest.approx(e["cr"], abs=0.01)
         assert np.shape(e["heads"]) == (1, 1)
-
-
-def test_model_flops(monkeypatch):
-    """Of Llama 2 7B at 4,096 tokens: 6 for each of 6.74 billion parameters, and 12 L dim T / 2."""
-    config = Config(**SHAPES["llama2-7b"])
-    attention = 12 * 32 * 4096 * 4096 // 2
-    assert runs.flops_per_token(config, 4096) == 6 * 6738415616 + attention
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
-    assert runs.flops_share(0.4 * 989e12) == 0.4
 
 
 # --------------------------------------------------------------------------------- what a run shows

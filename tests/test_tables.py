@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanodmc.settings import PRESETS, Settings, plan
-from nanodmc.tables import LOG_HEAD, duration, heat_map, log_line, table
+from nanodmc.tables import LOG_HEAD, Pace, duration, heat_map, log_line, table
 
 # without subnormal numbers, which train.main switches off for the whole process
 floats = partial(st.floats, allow_subnormal=False)
@@ -33,6 +33,23 @@ def test_a_log_line_fits_a_terminal(preset, phase, share, cr, loss, speed, gigab
 def test_durations():
     assert [duration(x) for x in (None, 0.0, 59.9, 245, 3600, 14700, 2 * 86400 + 3600 * 5)] == [
         "-", "0:00", "0:59", "4:05", "1h00m", "4h05m", "2d05h"]
+
+
+def test_the_pace_follows_the_latest_steps():
+    """A machine that becomes three times slower, or a slow start, is the pace 20 steps later."""
+    pace = Pace()
+    pace.add(False, 60.0)
+    assert pace.left({True: 5, False: 5}) is None                 # the first step is slow
+    pace.add(False, 2.0)
+    assert pace.left({True: 0, False: 2}) == 62
+    for _ in range(1000):
+        pace.add(False, 1.0)
+    assert pace.per_step(False) == 1 and pace.per_step(True) == 1.7
+    for _ in range(20):
+        pace.add(False, 3.0)
+    assert pace.per_step(False) == 3
+    pace.add(True, 4.0)
+    assert pace.left({True: 10, False: 1}) == 43
 
 
 def ratios(layers, heads, start=1.0):
@@ -70,13 +87,42 @@ def test_a_heat_map_of_the_laptop_stays_as_it_was():
         "    1  ▒▒   4.0 ██  16.5"]
 
 
-def test_the_table_says_how_far_each_model_is_from_its_baseline():
-    entry = {"target": 2.0, "cr": 2.25, "loss": 1.5, "heads": [[2.25]], "pooling": 3.0}
-    facts = {"unit": "byte", "pretrained": 1.75, "dmc": [entry]}
-    rows = [line.split() for line in table(facts).splitlines()[2:]]
-    assert rows[0][-3:] == ["1.00", "1.7500", "+0.0000"]
-    assert rows[1] == ["DMC", "2x", "2.25", "1.5000", "-0.2500"]
-    assert rows[2][-3:] == ["2.00", "3.0000", "+1.2500"]
-    rows = [line.split() for line in table({**facts, "control": 1.25}).splitlines()[2:]]
+ENTRY = {"target": 2.0, "cr": 2.05, "loss": 1.5, "heads": [[2.05]], "pooling": 3.0}
+FACTS = {"unit": "byte", "pretrained": 1.75, "dmc": [ENTRY]}
+
+
+def test_the_table_says_how_far_each_model_is_from_its_control():
+    rows = [line.split() for line in table({**FACTS, "control": 1.25}).splitlines()[2:]]
+    assert rows[0][-3:] == ["1.00", "1.7500", "+0.5000"]
+    assert rows[2] == ["DMC", "2x", "2.05", "1.5000", "+0.2500"]
+    assert rows[3][-3:] == ["2.00", "3.0000", "+1.7500"]
     assert [row[-1] for row in rows] == ["+0.5000", "+0.0000", "+0.2500", "+1.7500"]
-    assert max(map(len, table({**facts, "control": 1.25}).splitlines())) <= 80
+    assert max(map(len, table({**FACTS, "control": 1.25}).splitlines())) <= 80
+
+
+def test_without_a_control_no_gain_is_claimed():
+    """What lies below the loss of the model given may be the work of the text alone."""
+    shown = table(FACTS)
+    rows = [line.split() for line in shown.splitlines()[2:5]]
+    assert rows[1] == ["DMC", "2x", "2.05", "1.5000"]
+    assert rows[0][-2:] == ["1.00", "1.7500"] and rows[2][-2:] == ["2.00", "3.0000"]
+    assert "+" not in shown and "-0" not in shown and "to pretrained" not in shown
+    assert "--control" in shown and max(map(len, shown.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("cr", [1.0, 1.89, 2.11, 300.0])
+def test_a_target_that_was_missed_is_said(cr):
+    """What was aimed at and what was reached; beside it stands averaging at what was aimed at."""
+    for facts in (FACTS, {**FACTS, "control": 1.25}):
+        shown = table({**facts, "dmc": [{**ENTRY, "cr": cr}, {**ENTRY, "target": 3.0, "cr": 3.1}]})
+        words = " ".join(shown.split())
+        assert f"warning: DMC 2x missed its target: CR {cr:.2f} was reached" in words
+        assert "DMC 3x missed" not in words and "every 2 tokens averaged 2.00" in words
+        assert ("below" in words) == (cr < 2) and ("above" in words) == (cr > 2)
+        assert max(map(len, shown.splitlines())) <= 80
+    assert "warning" not in table({**FACTS, "dmc": [ENTRY]})
+
+
+def test_averaging_every_token_is_no_row():
+    """It would be the model itself."""
+    assert "averaged" not in table({**FACTS, "dmc": [{**ENTRY, "target": 1.0, "cr": 1.0}]})
