@@ -399,6 +399,11 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
+    def new_cache(self, batch):
+        """An empty cache for `batch` sequences, on the weights' device and in their dtype."""
+        weight = self.lm_head.weight
+        return self.Cache(self.config, batch, weight.device, weight.dtype)
+
     def hidden(self, tokens, cache=None, noise=False, gain=None):
         """tokens (B, T) -> the last hidden states (B, T, dim), normed, and alpha (L, B, G, T).
 

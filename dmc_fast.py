@@ -509,7 +509,7 @@ class PagedCache(FastCache):
     def release(self, rows):
         """The sequences `rows` (numbers or a slice) are finished: their pages are free again.
 
-        In all layers. Does not wait for a GPU if `rows` is a slice.
+        In all layers. With kernels, does not wait for a GPU if `rows` is a slice.
         """
         owned = -(-self.lengths[:, rows] // self.page_size)[..., None]
         owned = (torch.arange(self.table.size(-1), device=owned.device) < owned).flatten()

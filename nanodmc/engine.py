@@ -88,9 +88,9 @@ class Engine:
     """Batched generation: `rows` sequences at once, and the next one as soon as one has finished.
 
     A decode step works on all rows, has fixed shapes, samples on the device and never waits for the
-    host, so that on a GPU it is one CUDA graph. The host launches step n + 1 before it reads what
-    step n sampled. A sequence that turns out to have ended therefore takes part in one more step,
-    whose result is dropped. Idle rows (age -1) do nothing.
+    host, so that on a GPU it is one CUDA graph, where the cache has kernels. The host launches step
+    n + 1 before it reads what step n sampled. A sequence that turns out to have ended therefore
+    takes part in one more step, whose result is dropped. Idle rows (age -1) do nothing.
 
     Pages. A step takes at most one page per head, so the host knows two steps ahead whether the
     pool suffices. If it does not, the youngest sequence gives its pages back and waits at the head
@@ -229,7 +229,7 @@ class Engine:
         if not self.running:
             return False
         greedy = all(seq.request.temperature == 0 for seq in self.running.values())
-        if self.tokens.is_cuda:
+        if self.tokens.is_cuda and self.cache.kernels:
             if greedy not in self.graphs:
                 self.graphs[greedy] = self._capture(greedy)
             self.graphs[greedy].replay()

@@ -24,12 +24,28 @@ aten = torch.ops.aten
 # ----------------------------------------------------------------------- stock flash attention
 
 def stock(q, k, v):
-    """Which flash attention PyTorch would choose: "cpu", "flash", "cudnn"; None: it has none."""
+    """Which flash attention of PyTorch to take: "cpu", "flash", "cudnn"; None: there is none.
+
+    It is PyTorch's own choice, with two exceptions. The operators underneath take only head sizes
+    that are multiples of 8, where PyTorch would pad. And cuDNN plans anew for each length: that
+    pays in training, where lengths stay, and not for prompts, where flash is preferred.
+    """
     if not q.is_cuda:
         return "cpu"
-    choice = torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
-    return {SDPBackend.FLASH_ATTENTION.value: "flash",
+    if q.size(-1) % 8:
+        return None
+    groups = q.size(1) != k.size(1)
+    choice = torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=groups)
+    kind = {SDPBackend.FLASH_ATTENTION.value: "flash",
             SDPBackend.CUDNN_ATTENTION.value: "cudnn"}.get(choice)
+    if kind == "cudnn" and not needs_gradient(q, k, v):
+        params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, groups)
+        return "flash" if torch.backends.cuda.can_use_flash_attention(params) else kind
+    return kind
+
+
+def needs_gradient(*tensors):
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def flash(kind, q, k, v, scale):
@@ -49,7 +65,11 @@ def flash(kind, q, k, v, scale):
 
 
 def flash_backward(kind, grad, q, k, v, y, lse, tensors, sizes, scale):
-    """The gradients of q, k, v."""
+    """The gradients of q, k, v.
+
+    cuDNN keeps its plan for the next call, and does not ask whether that gradient's strides are the
+    same. So they are always those of y.
+    """
     if kind == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, y, lse, 0.0, True, scale=scale)
@@ -57,6 +77,8 @@ def flash_backward(kind, grad, q, k, v, y, lse, tensors, sizes, scale):
     if kind == "flash":
         return aten._scaled_dot_product_flash_attention_backward(
             grad, q, k, v, y, lse, starts_q, starts_k, *sizes, 0.0, True, *random, scale=scale)
+    if grad.stride() != y.stride():
+        grad = torch.empty_like(y).copy_(grad)
     return aten._scaled_dot_product_cudnn_attention_backward(
         grad, q, k, v, y, lse.unsqueeze(-1), *random, None, starts_q, starts_k, *sizes, 0.0, True,
         scale=scale)
@@ -298,11 +320,13 @@ def attend(q, k, v, keep=None):
     model. On a CPU this is checked, and a free channel added where it is not so. On a GPU it is
     taken for granted, because a check would wait for the GPU.
     """
-    if keep is None or q.size(2) == 0:
+    if q.size(2) == 0 or (keep is None and (not q.is_cuda or needs_gradient(q, k, v))):
         return dmc.attend(q, k, v, keep)
     kind, scale = stock(q, k, v), 1 / math.sqrt(q.size(-1))
     if kind is None:                                     # on a GPU: fp32, or an odd head size
         return dmc.attend(q, k, v, keep)
+    if keep is None:                                     # a prompt
+        return flash(kind, q, k, v, scale)[0]
     if kind == "cpu" and (q[..., 0].any() or k[..., 0].any()):
         q, k, v = (F.pad(x, (1, 0)) for x in (q, k, v))
         return MaskedFlash.apply(q, k, v, keep, scale, kind)[..., 1:]

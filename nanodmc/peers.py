@@ -1,10 +1,14 @@
 """The same decoding by others, on the same weights: transformers, and a loop as in gpt-fast.
 
+And how time is measured, theirs and ours.
+
 A peer decodes a quarter of the tokens that ours generates, at about ours' mean length over the
 second half of them. What stands in its cache before them only has to be of that length.
 """
 
+import gc
 import inspect
+import math
 import time
 
 import torch
@@ -18,6 +22,17 @@ def synchronize(device):
     """Wait for all work on a device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def settle(device):
+    """Before a measurement: what earlier ones hold is freed, and they have no work left.
+
+    Frames that an import or the profiler keeps alive, and cycles, may hold a whole cache.
+    """
+    gc.collect()
+    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def timed(step, count, device):
@@ -37,6 +52,34 @@ def timed(step, count, device):
 def lengths(bench):
     """How many tokens a peer decodes, and how many are in its cache before."""
     return bench.count // 4, bench.prompt + bench.count * 5 // 8
+
+
+def copy_bandwidth(device):
+    """Bytes per second, read and written, of copying a large tensor."""
+    x = torch.empty(2 ** (30 if device.type == "cuda" else 25), device=device).normal_()
+    y, best = torch.empty_like(x), math.inf
+    for _ in range(10):
+        synchronize(device)
+        start = time.perf_counter()
+        y.copy_(x)
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * x.nbytes / best
+
+
+def attention_share(work):
+    """The part of work()'s time that attention over the cache takes.
+
+    Of the time of kernels on a GPU, of operators on a CPU.
+    """
+    with torch.profiler.profile() as profile:
+        work()
+    events = profile.key_averages()
+    on_gpu = any(e.self_device_time_total for e in events)
+    took = lambda e: e.self_device_time_total if on_gpu else e.self_cpu_time_total
+    ours = ("decode_kernel", "combine_kernel", "attention", "aten::bmm", "softmax")
+    attention = sum(took(e) for e in events if any(name in e.key for name in ours))
+    return attention / max(1, sum(map(took, events)))
 
 
 # ---------------------------------------------------------------------------------- transformers
@@ -95,18 +138,18 @@ def by_transformers(bench, batch):
 class StaticCache:
     """What gpt-fast does: one tensor for all positions, all of which each step reads and masks.
 
-    Random keys and values stand for the first `start` tokens. It has what Transformer asks of a
-    cache.
+    One for each layer: the compiler copies a tensor whose view is written to. Random keys and
+    values stand for the first `start` tokens. It has what Transformer asks of a cache.
     """
 
     def __init__(self, config, batch, device, dtype, start, length):
-        L, G, D = config.n_layer, config.n_kv_head, config.head_dim
+        L, sizes = config.n_layer, (batch, config.n_kv_head, length, config.head_dim)
         self.gain, self.seen = 1.0, [start] * L
-        self.keys, self.values = (torch.randn(L, batch, G, length, D, device=device, dtype=dtype)
-                                  for _ in range(2))
+        self.keys, self.values = ([torch.randn(sizes, device=device, dtype=dtype)
+                                   for _ in range(L)] for _ in range(2))
         self.at = torch.full((1,), start, device=device)
         self.slots = torch.arange(length, device=device)
-        for x in (self.keys, self.values, self.at):      # or a CUDA graph copies them at each step
+        for x in (*self.keys, *self.values, self.at):    # or a CUDA graph copies them at each step
             torch._dynamo.mark_static_address(x)
         angles = dmc.rotary_table(config, length, device)
         self.cos, self.sin = (x.float() for x in angles)
@@ -138,3 +181,47 @@ def by_compilation(bench, batch):
 
 PEERS = {"transformers, static cache": by_transformers,
          "one tensor, as in gpt-fast": by_compilation}
+
+
+# ------------------------------------------------------------------------- what may happen to them
+
+TRIES = 4       # batches that a peer may try where memory runs out
+SIGNS = ("out of memory", "alloc_failed", "cublas_status_not_initialized", "cannot allocate memory",
+         "not enough memory")
+
+
+def out_of_memory(error):
+    """Whether memory ran out, which libraries and compilers tell by many kinds of RuntimeError."""
+    while error is not None:
+        text = str(error).lower()
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+                isinstance(error, RuntimeError) and any(sign in text for sign in SIGNS)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def peer_row(name, bench, batch):
+    """The figures of a peer at a batch, or at a smaller one where memory runs out, as a dict.
+
+    Whatever else fails costs this row only: it has an "error" then, a sentence.
+    """
+    row = {"name": name, "kind": "peer"}
+    for _ in range(TRIES):
+        torch.compiler.reset()
+        settle(bench.device)
+        try:
+            seconds = PEERS[name](bench, batch)
+        except Exception as error:          # theirs, of any kind; its frames hold their memory
+            if not out_of_memory(error):
+                said = " ".join(str(error).split())[:300] or "no reason given"
+                return {**row, "batch": batch, "error": f"failed, {type(error).__name__}: {said}"}
+        else:
+            if seconds is None:
+                return {**row, "error": "not installed."}
+            return {**row, "batch": batch, "cr": 1.0, "tokens_per_second": batch / seconds,
+                    "ms_per_step": 1e3 * seconds}
+        if batch == 1:
+            break
+        batch = int(0.85 * batch)
+    return {**row, "batch": batch, "error": "out of memory, at smaller batches too."}

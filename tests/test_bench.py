@@ -2,15 +2,20 @@
 
 import json
 import re
+import types
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dmc
+import dmc_fast
 import generate
-from nanodmc import bench
+from nanodmc import bench, cases, checkpoint, peers
+from nanodmc.config import shape
 from nanodmc.peers import PEERS
+from nanodmc.pool import PAGE
 from test_dmc import config_of, qkv, seeds
 
 
@@ -19,11 +24,11 @@ from test_dmc import config_of, qkv, seeds
 def test_forced_decisions_keep_what_they_should(cr, seed):
     """On average 1 / CR of the tokens, of each head its own part, and the cache shows it."""
     config = config_of((8, 4), n_layer=6)
-    kept = bench.kept_parts(config, cr, seed)
+    kept = cases.kept_parts(config, cr, seed)
     assert kept.mean().item() == pytest.approx(1 / cr, rel=1e-4) and kept.max() <= 1
     assert cr == 1 or kept.std() > 0.2 * kept.mean()
     torch.manual_seed(seed)
-    cache = bench.forced(kept, "cpu")(config, 50)
+    cache = cases.forced(kept, "cpu")(config, 50)
     q, k, v, alpha, omega = (x.float() for x in qkv(seed, (8, 4), 64, B=50))
     cache.attend(3, q, k, v, alpha, omega)
     expected = 1 + 63 * kept[3]                                  # the first token always appends
@@ -53,10 +58,101 @@ def test_bench_command(tmp_path, capsys, finished, monkeypatch):
             assert row["kv_bytes_logical"] < row["kv_bytes_allocated"] <= row["pool_bytes"]
             assert row["pool_bytes"] <= 0.002e9 and row["preempted"] == 0
             assert 0 < row["attention_share"] < 1 and 0 < row["share_of_memory_bound_limit"] < 1
-    slots = first["batch"] * 2 * 4 * (40 + 11)       # layers, heads, tokens amid the last half
+    slots = first["batch"] * 2 * 4 * (40 + 10)       # layers, heads, tokens amid what is timed
     assert first["kv_bytes_logical"] == slots * 2 * 32 * 4
     assert generate.main([*command, "--ckpt", str(finished / "cr2"), "--batch", "1", "2"]) == 2
     assert "16 positions" in capsys.readouterr().err
+
+
+def small(tmp_path, **changes):
+    """The flags of a short benchmark, as `benchmark` takes them."""
+    args = {"out": tmp_path / "bench.json", "prompt_tokens": [40], "tokens": 16, "cache_gb": 0.002,
+            "ckpt": None, "model": None, "cr": [2.0], "batch": [2], **changes}
+    return types.SimpleNamespace(**args)
+
+
+def test_a_failure_costs_what_it_must_and_no_more(tmp_path, monkeypatch, capsys):
+    """Each row is on disk as soon as it is there. A peer that fails costs its own row; a smaller
+    batch is tried where memory runs out."""
+    def no_memory(bench, batch):
+        tried.append(batch)
+        rows.append(len(json.loads((tmp_path / "bench.json").read_text())["rows"]))
+        if batch > 3:
+            raise RuntimeError("CUDA error: out of memory")
+        return 0.5
+
+    def broken(bench, batch):
+        raise KeyError("rope")
+    tried, rows = [], []
+    monkeypatch.setattr(peers, "PEERS", found := {"broken": broken, "large": no_memory,
+                                                  "absent": lambda *_: None})
+    monkeypatch.setattr(bench, "PEERS", found)
+    bench.benchmark(small(tmp_path, batch=[5]), "cpu")
+    written, shown = json.loads((tmp_path / "bench.json").read_text()), capsys.readouterr().out
+    by_name = {row["name"]: row for row in written["rows"]}
+    assert tried == [5, 4, 3] and set(rows) == {4}            # CR 1, CR 2, alone, broken
+    assert by_name["large"]["batch"] == 3 and by_name["large"]["tokens_per_second"] == 6
+    assert "KeyError: 'rope'" in by_name["broken"]["error"] and "broken: failed, KeyError" in shown
+    assert "absent: not installed." in shown and "CR 1, alone" in by_name
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+@pytest.fixture
+def h100(monkeypatch):
+    """A Bench of Llama 2 7B as it would be on an H100, as far as planning goes."""
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 2.6e12)
+    monkeypatch.setattr(bench.Bench, "pages", lambda self, *_, **__: int(60e9) // self.page)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("meta"):
+        model = dmc.Transformer(shape("llama2-7b", dmc=False))
+    torch.set_default_dtype(usual)
+    made = bench.Bench(model, 2048, 2048, None, lambda i, n: [0] * n)
+    made.on_gpu, made.device = True, torch.device("cpu")
+    return made
+
+
+def test_the_whole_takes_less_than_8_minutes_on_an_h100_by_count(h100):
+    args = types.SimpleNamespace(cr=[2.0, 4.0, 8.0], batch=None)
+    plan = bench.planned(h100, args)
+    # CR 1's largest batch is that of CR 1
+    assert [todo.name for todo in plan if todo.whole] == [plan[0].name, "CR 1, alone"]
+    seconds = [bench.expected(h100, todo) for todo in plan]
+    assert 4 * 60 < sum(seconds) < 8 * 60 and max(seconds) < 2 * 60
+    sizes = [todo.batch for todo in plan if todo.kind == "largest batch"]
+    assert 90 < sizes[-2] < 130 and 180 < sizes[-1] < 260        # CR 4 and 8
+    assert plan[-len(PEERS) - 1].kind == "alone"                 # what peers break, comes last
+
+
+def test_the_time_left_is_shown_where_there_is_some(h100, monkeypatch, capsys):
+    clock = iter(range(0, 10 ** 6, 30))
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: float(next(clock)))
+    row = {"batch": 1, "tokens_per_second": 1.0, "ms_per_step": 1.0, "prefill_ms": 1.0}
+    monkeypatch.setattr(bench.Bench, "run", lambda *_: row)
+    monkeypatch.setattr(bench, "peer_row", lambda name, *_: {**row, "name": name, "kind": "peer"})
+    args = types.SimpleNamespace(cr=[2.0, 4.0, 8.0], batch=None)
+    list(bench.measure(h100, args))
+    left = [int(n) for n in re.findall("about ([0-9]+) min left", capsys.readouterr().out)]
+    assert len(left) > 4 and left[-1] <= 3
+
+
+def test_a_first_half_that_comes_with_the_prompt_leaves_the_same_state(one_thread):
+    model = checkpoint.random_model(shape("toy", dmc=False), dmc_fast, "cpu", torch.float32)
+    made = bench.Bench(model, 40, 200, 0.005, lambda i, n: [0] * n)
+    case = list(cases.bench_cases(model, [8.0], [0]))[-1]
+    batch = made.largest_batch(case, whole=False)
+    assert made.skipped(case, whole=False) == 28 and made.skipped(case, whole=True) == 0
+    whole, short = (made.run(case, batch, whole=whole) for whole in (True, False))
+    assert short["cr"] == pytest.approx(whole["cr"], rel=0.03)
+    assert short["kv_bytes_logical"] == pytest.approx(whole["kv_bytes_logical"], rel=0.03)
+
+
+@pytest.mark.parametrize("name,low", [("toy", 0.005), ("llama2-7b", 2)])
+def test_the_pool_of_a_cpu_holds_a_few_sequences_of_any_model(name, low):
+    size, length = shape(name), 48
+    pool = bench.small_pool(size, length)
+    sequence = 2 * size.n_layer * size.n_kv_head * size.head_dim * 4 * (length + PAGE)
+    assert max(0.005, 4 * sequence / 1e9) <= pool < max(0.006, 8 * sequence / 1e9)
 
 
 @pytest.mark.parametrize("name", [

@@ -5,6 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dmc
 from nanodmc import flash_attention
@@ -89,6 +91,127 @@ def test_stock_kernels_of_a_gpu_take_what_they_are_given(kind):
     assert lse.shape == (2, 8, 16) and lse.dtype == torch.float32
     for result, like in zip((y, *grads), (q, q, k, v), strict=True):
         assert result.shape == like.shape and result.dtype == like.dtype
+
+
+class Calls(TorchDispatchMode):
+    """The operators called, by name, with their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen[func._schema.name.removeprefix("aten::")] = args
+        return func(*args, **kwargs or {})
+
+
+def found(x, index):
+    """x, cut by all of an index but its tensors, and these tensors by dimension."""
+    aten, index = torch.ops.aten, index if isinstance(index, tuple) else (index,)
+    if Ellipsis in [i if i is Ellipsis else 0 for i in index]:
+        at = [i is Ellipsis for i in index].index(True)
+        rest = x.dim() - sum(i is not None for i in index) + 1
+        index = (*index[:at], *[slice(None)] * rest, *index[at + 1:])
+    places = []
+    for i in index:
+        if i is None:
+            x = aten.unsqueeze(x, len(places))
+        elif isinstance(i, slice):
+            x = aten.slice(x, len(places), i.start, i.stop, i.step or 1)
+        elif not isinstance(i, torch.Tensor):
+            x = aten.select(x, len(places), i)
+            continue
+        places.append(i if isinstance(i, torch.Tensor) else None)
+    return x, places if any(i is not None for i in places) else None
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """CUDA tensors without CUDA: what PyTorch would ask a real GPU for is done by operators."""
+    aten, to = torch.ops.aten, torch.Tensor.to
+
+    def get(x, index):
+        x, places = found(x, index)
+        return aten.index(x, places) if places else x
+
+    def assign(x, index, value):
+        x, places = found(x, index)
+        if places:
+            aten.index_put_(x, places, value)
+        elif isinstance(value, torch.Tensor):
+            aten.copy_(x, value)
+        else:
+            aten.fill_(x, value)
+
+    def moved(x, *args, **kwargs):
+        if args and isinstance(args[0], torch.device) and args[0] != x.device:
+            return aten._to_copy(x, device=args[0], non_blocking=kwargs.get("non_blocking", False))
+        return to(x, *args, **kwargs)
+    for name, f in (("__getitem__", get), ("__setitem__", assign), ("to", moved),
+                    ("copy_", lambda x, y: aten.copy_(x, y)),
+                    ("__invert__", lambda x: aten.bitwise_not(x))):
+        monkeypatch.setattr(torch.Tensor, name, f)
+    with FakeTensorMode():
+        yield
+
+
+@pytest.fixture
+def prefers(monkeypatch, fake_gpu):
+    """A way to say which attention PyTorch chooses on a GPU, and whether flash could do it."""
+    def set_choice(backend, flash=True):
+        monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: backend.value)
+        monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda _: flash)
+    return set_choice
+
+
+def on_fake_gpu(D=64, requires_grad=False):
+    return [torch.zeros(2, n, 16, D, device="cuda", dtype=torch.bfloat16,
+                        requires_grad=requires_grad) for n in (8, 2, 2)]
+
+
+@on_cpu
+@pytest.mark.parametrize("D", [20, 60, 100, 124, 128])
+def test_stock_flash_attention_is_taken_for_head_sizes_that_it_takes(prefers, D):
+    """PyTorch would pad the others; its operators do not."""
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        prefers(backend)
+        assert (flash_attention.stock(*on_fake_gpu(D)) is None) == (D % 8 > 0)
+    prefers(SDPBackend.MATH)
+    assert flash_attention.stock(*on_fake_gpu(D)) is None
+
+
+@on_cpu
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_prompt_goes_through_flash_rather_than_cudnn(monkeypatch, prefers, keep):
+    """cuDNN would make a plan for each new length. Training has one length, and keeps cuDNN."""
+    monkeypatch.setattr(flash_attention, "uses_kernels", lambda _: False)
+
+    def called(flash):
+        prefers(SDPBackend.CUDNN_ATTENTION, flash)
+        q, k, v = on_fake_gpu()
+        with Calls() as calls:
+            decided = torch.zeros(2, 2, 16, device="cuda") if keep else None
+            flash_attention.attend(q, k, v, decided)
+        return {name for name in calls.seen if "attention" in name}
+    assert called(flash=True) == {"_scaled_dot_product_flash_attention"}
+    assert called(flash=False) == {"_scaled_dot_product_cudnn_attention"}
+    prefers(SDPBackend.CUDNN_ATTENTION)
+    assert flash_attention.stock(*on_fake_gpu(requires_grad=True)) == "cudnn"
+    with torch.no_grad():
+        assert flash_attention.stock(*on_fake_gpu(requires_grad=True)) == "flash"
+
+
+@on_cpu
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 1, 0, 3)])
+def test_cudnn_gets_a_gradient_with_the_strides_of_the_output(fake_gpu, order):
+    with torch.no_grad(), Calls() as calls:
+        q, k, v = on_fake_gpu()
+        y, lse, tensors, sizes = flash_attention.flash("cudnn", q, k, v, 0.125)
+        grad = torch.zeros([y.size(i) for i in order], device="cuda", dtype=y.dtype)
+        grad = grad.permute([order.index(i) for i in range(4)])
+        flash_attention.flash_backward("cudnn", grad, q, k, v, y, lse, tensors, sizes, 0.125)
+    given, _, _, _, out = calls.seen["_scaled_dot_product_cudnn_attention_backward"][:5]
+    assert given.shape == y.shape and given.stride() == out.stride() == y.stride()
 
 
 @on_cpu

@@ -4,12 +4,14 @@ import pytest
 import torch
 from hypothesis import given
 
+import dmc
 import dmc_fast
 from test_dmc import (
     assert_as_good,
     config_of,
     kernels,
     lengths,
+    model_of,
     on_cpu,
     poisoned,  # noqa: F401
     qkv,
@@ -90,6 +92,19 @@ def test_cache_counts_slots_and_bytes(seed, T):
     for _ in range(5):
         cache.attend(0, *(x[:, :, -1:] for x in (q, k, v, alpha, omega)))
     assert cache.bytes.used <= cache.bytes.allocated - state
+
+
+@on_cpu
+@pytest.mark.parametrize("ops", [dmc, dmc_fast])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_cache_is_made_from_its_model(ops, dtype):
+    model, tokens = model_of(0, (4, 2), ops=ops).to(dtype), torch.arange(12).view(2, 6)
+    cache = model.new_cache(2)
+    with torch.no_grad():
+        for part in tokens.split([3, 1, 1, 1], dim=1):
+            logits = model(part, cache)[0]
+    assert logits.dtype == dtype == cache.dtype and cache.lengths.shape == (2, 2, 2)
+    assert cache.seen == [6, 6]
 
 
 @on_cpu
