@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanodmc.cli import installing
-from nanodmc.files import InputError
+from nanodmc.files import InputError, reason
 
 HEAD = 2 ** 14                   # characters that are looked at before a file is read
 MAGIC = {                        # packing -> how such a file begins; no UTF-8 text begins like this
@@ -194,7 +194,7 @@ def unpacked(path, packing, encoding="utf-8-sig"):
         raise InputError(damage(path, error)) from None
     except OSError as error:
         raise InputError(
-            f"{path} cannot be read ({error.strerror or error}); check --data.") from None
+            f"{path} cannot be read ({reason(error)}); check --data.") from None
     except Exception as error:      # each library has its own kind for a damaged file
         raise InputError(damage(path, error)) from None
 

@@ -17,7 +17,7 @@ import torch
 
 from nanodmc.cli import number, typed
 from nanodmc.engine import Engine, Request, Result
-from nanodmc.files import InputError, one_line
+from nanodmc.files import InputError, one_line, reason
 from nanodmc.parallel import rank_count, this_rank
 from nanodmc.pool import pages_that_fit
 from nanodmc.results import check_results, drop_errors, model_mark
@@ -127,7 +127,7 @@ def write_line(out, line):
         while data:
             data = data[out.write(data):]
     except OSError as error:
-        raise InputError(f"{out.name} cannot be written ({error.strerror}); free some space, and "
+        raise InputError(f"{out.name} cannot be written ({reason(error)}); free some space, and "
                          "the same command goes on from here.") from None
 
 
@@ -223,7 +223,7 @@ def profiler(path):
     try:
         path.write_text("")
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); check --profile.") from None
+        raise InputError(f"{path} cannot be written ({reason(error)}); check --profile.") from None
 
     def write(profile):
         table = profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=30)

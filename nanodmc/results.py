@@ -10,7 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
-from nanodmc.files import InputError, write_atomically
+from nanodmc.files import InputError, reason, write_atomically
 
 # the files that decide a text: sizes, weights, vocabulary, and which tokens end a text
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -67,7 +67,7 @@ def read_results(path):
                 end += len(text)
             f.truncate(end)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); check --out.") from None
+        raise InputError(f"{path} cannot be written ({reason(error)}); check --out.") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{path} is no file of results; name another --out.") from None
     return done

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nanodmc.checkpoint import locate, runs_by_number, save
 from nanodmc.cli import provenance, typed
 from nanodmc.config import read_config, shape
-from nanodmc.files import InputError, listed, one_line, read_json, write_atomically, write_json
+from nanodmc.files import InputError, listed, read_json, reason, write_atomically, write_json
 from nanodmc.optim import (
     checked_memory,
     flops_per_token,
@@ -74,12 +74,12 @@ def writing(folder):
     try:
         yield
     except (OSError, RuntimeError, CheckpointException) as error:
-        raise InputError(f"{folder} cannot be written ({reason(error)}); free some space, then "
-                         "--resume: the state saved before is whole.") from None
+        raise InputError(f"{folder} cannot be written ({root_reason(error)}); free some space, "
+                         "then --resume: the state saved before is whole.") from None
 
 
-def reason(error):
-    """Why a write failed, in words: what the system said, wherever PyTorch keeps it."""
+def root_reason(error):
+    """files.reason of what led to a failed write, wherever PyTorch keeps it."""
     # a CheckpointException has the errors of all ranks
     errors = [first for first, _ in getattr(error, "failures", {}).values()] or [error]
     for e in errors:
@@ -89,7 +89,7 @@ def reason(error):
             return os.strerror(e.errno)
     if any("enforce fail" in str(e) for e in errors):       # of the file that torch writes
         return "a file was cut short, as on a full disk"
-    return one_line(errors[0]) or type(errors[0]).__name__
+    return reason(errors[0])
 
 
 # ----------------------------------------------------------------------------------------- a run

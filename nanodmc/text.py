@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from nanodmc.documents import documents, form_of, standard_library, text_files
-from nanodmc.files import InputError
+from nanodmc.files import InputError, reason
 from nanodmc.tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------ documents to tokens
@@ -96,7 +96,7 @@ def content_key(files, folder, field):
                 while block := f.read(2 ** 20):
                     whole.update(block)
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); check --data.") from None
+        raise InputError(f"{path} cannot be read ({reason(error)}); check --data.") from None
     return whole.hexdigest()
 
 
@@ -138,7 +138,7 @@ def prepare(files, folder, field, cache):
         unfinished.replace(cache / key)
     except OSError as error:
         if not (cache / key).is_dir():       # else another run was faster
-            raise InputError(f"{cache} cannot be written ({error.strerror}); set XDG_CACHE_HOME "
+            raise InputError(f"{cache} cannot be written ({reason(error)}); set XDG_CACHE_HOME "
                              "to another folder or free some space.") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
