@@ -1,14 +1,18 @@
 """Reading and writing files: a write is whole or not at all, a fault is told in one sentence."""
 
+import errno
 import json
 import os
 import re
+import shutil
 import stat
 from contextlib import suppress
 from pathlib import Path
+from secrets import token_hex
 
 from safetensors import SafetensorError
 
+PARTIAL = ".partial"              # the end of the name of what is being written
 LFS_POINTER = "version https://git-lfs.github.com/spec/"
 
 
@@ -37,40 +41,84 @@ def listed(names, limit=4):
     return ", ".join(names[:limit]) + more
 
 
+def sync(path):
+    """Wait until a file's content, or a folder's list of names, is on the disk itself.
+
+    File systems that cannot sync a folder are left alone. Raises OSError where a write fails.
+    """
+    at = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(at)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(at)
+
+
 def write_atomically(path, write):
     """Call write(temporary path), then move the file into place.
 
-    A reader of `path` sees the old file or the new one, never a part. Its permissions are those
-    of any new file, whatever `write` made of them. Raises InputError where the folder cannot be
-    written, the disk is full, or `path` is no file; what was there is untouched then.
+    A reader of `path` sees the old file or the new one, never a part, also after a power cut. Its
+    permissions are those of any new file, whatever `write` made of them. All that `write` leaves
+    beside the file it was given goes. Raises InputError where the folder cannot be written, the
+    disk is full, or `path` is no file; what was there is untouched then.
     """
     path = Path(path)
-    temporary = Path(f"{path}.partial")
+    # a folder, since libraries put temporary files of their own beside what they write
+    workshop = path.parent / f".{path.name}.{token_hex(4)}{PARTIAL}"
     try:
         if path.exists() and not path.is_file():    # or root would put a file in a device's place
             raise InputError(f"{path} is a folder or a device, no file; give the name of a file.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if temporary.exists():          # from a kill, with permissions of its own
-            temporary.unlink()
+        workshop.mkdir(parents=True)
+        temporary = workshop / path.name
         temporary.touch()
         mode = stat.S_IMODE(temporary.stat().st_mode)       # what the umask allows
         write(temporary)
-        with temporary.open("rb") as f:
-            os.fsync(f.fileno())
+        sync(temporary)
         with suppress(OSError):         # some file systems have no permissions
             temporary.chmod(mode)
         temporary.replace(path)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise InputError(
             f"{path} cannot be written ({reason(error)}); "
             "choose another folder or free some space.") from None
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+
+
+def remove_partial_writes(folder):
+    """Remove what writes that were killed left in a folder. Call it under the folder's lock."""
+    for path in Path(folder).glob(f".*{PARTIAL}"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_json(path, value):
     """Write value as indented JSON, whole or not at all. Raises InputError."""
     write_atomically(path, lambda f: f.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def read_bytes(path, limit=2 ** 28):
+    """The content of a file. Raises InputError where there is none, or it is no file of that size.
+
+    limit: in bytes. A pipe or a device is refused without being opened, since it may never end.
+    """
+    path = Path(path)
+    try:
+        about = path.stat()
+        if stat.S_ISREG(about.st_mode) and about.st_size > limit:
+            raise InputError(f"{path} has {about.st_size:,} bytes, and {limit:,} are the limit; "
+                             "it is not what its name says, give another file.")
+        if not stat.S_ISREG(about.st_mode) and not stat.S_ISDIR(about.st_mode):
+            raise InputError(f"{path} is a pipe or a device, no file; give a file.")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(
+            f"{path} is missing; give the folder of a run or of a checkpoint.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({reason(error)}); "
+                         "make it readable, or give another folder.") from None
 
 
 def read_json(path):
@@ -80,20 +128,12 @@ def read_json(path):
     left in its place.
     """
     path = Path(path)
+    content = read_bytes(path)
+    if content.startswith(LFS_POINTER.encode()):
+        raise InputError(f"{path} is a git-lfs pointer, not the file itself; "
+                         f"run git lfs pull in {path.parent}.")
     try:
-        content = path.read_bytes()
-        if content.startswith(LFS_POINTER.encode()):
-            raise InputError(f"{path} is a git-lfs pointer, not the file itself; "
-                             f"run git lfs pull in {path.parent}.")
         return json.loads(content)
-    except FileNotFoundError:
-        raise InputError(
-            f"{path} is missing; give the folder of a run or of a checkpoint.") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({reason(error)}); "
-                         "make it readable, or give another folder.") from None
-    except InputError:
-        raise
     except (RecursionError, ValueError) as error:       # ValueError: no JSON, or no text at all
         raise InputError(f"{path} is damaged ({one_line(error)}); "
                          "restore it, or give another folder.") from None

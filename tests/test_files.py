@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import stat
 from pathlib import Path
 
@@ -52,8 +53,7 @@ def test_what_cannot_be_written_says_why(tmp_path, case):
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
 def test_files_have_the_permissions_that_the_umask_allows(tmp_path, umask):
-    """Also those that a library makes its own way, and where a kill left a private one."""
-    (tmp_path / "weights.partial").touch(mode=0o600)
+    """Also those that a library makes its own way."""
     before = os.umask(umask)
     try:
         files.write_json(tmp_path / "json", 1)
@@ -81,12 +81,63 @@ def test_a_file_is_whole_before_it_has_its_name(tmp_path):
 
     def write(temporary):
         temporary.write_text("first half, ")
-        assert not path.exists() and temporary.parent == path.parent
+        assert not path.exists() and temporary.parent.parent == path.parent
         with temporary.open("a") as f:
             f.write("second half")
 
     files.write_atomically(path, write)
     assert path.read_text() == "first half, second half" and list(path.parent.iterdir()) == [path]
+
+
+def test_what_a_killed_write_left_goes(tmp_path):
+    """With all that a library put beside it, and nothing else."""
+    def killed(temporary):
+        temporary.write_text("half")
+        (temporary.parent / ".tmpAbC123").write_text("as large as a model")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    (tmp_path / "mine.partial").touch()
+    if (child := os.fork()) == 0:
+        files.write_atomically(tmp_path / "weights", killed)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.iterdir())) == 2
+    files.remove_partial_writes(tmp_path)
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine.partial"]
+
+
+def test_a_planted_link_is_not_followed(tmp_path):
+    """Neither at a name that is easy to guess, nor at the file's own: the link is replaced."""
+    (tmp_path / "precious").write_text("mine")
+    for name in ("f", "f.partial", ".f.partial"):
+        (tmp_path / name).symlink_to("precious")
+    files.write_json(tmp_path / "f", 1)
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert not (tmp_path / "f").is_symlink() and files.read_json(tmp_path / "f") == 1
+
+
+def test_a_write_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
+    """First the content, then the name, then the folder that has the name."""
+    done, replace = [], Path.replace
+
+    def named(old, new):
+        done.append("named")
+        replace(old, new)
+
+    monkeypatch.setattr(files, "sync", lambda path: done.append((path.name, path.stat().st_size)))
+    monkeypatch.setattr(Path, "replace", named)
+    files.write_atomically(tmp_path / "f", lambda f: f.write_text("12345"))
+    assert done[:2] == [("f", 5), "named"] and done[2][0] == tmp_path.name and len(done) == 3
+
+
+def test_only_a_file_of_a_bounded_size_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "f").write_bytes(bytes(11))
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(InputError, match="a pipe or a device"):
+            files.read_json(path)
+    with pytest.raises(InputError, match="has 11 bytes, and 10 are the limit"):
+        files.read_bytes(tmp_path / "f", limit=10)
+    assert files.read_bytes(tmp_path / "f", limit=11) == bytes(11)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])

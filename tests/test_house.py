@@ -12,7 +12,7 @@ from conftest import HERE
 ORDER = [["dmc"],
          ["launch", "flash_attention", "banded_average", "padded_cache"], ["dmc_fast"],
          *([name] for name in (
-             "interrupts", "files", "terminal", "cli", "config", "checkpoint", "parallel",
+             "interrupts", "files", "locks", "terminal", "cli", "config", "checkpoint", "parallel",
              "added_tokens", "splits", "tokenizer", "documents", "text", "settings", "tables",
              "optim", "evaluate", "baselines", "sampling", "plots", "stopping", "runs", "pool",
              "engine", "results", "prompts", "merges", "peers", "cases", "bench")),
