@@ -8,25 +8,21 @@ import warnings
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 import dmc
 from nanodmc.cli import installing, interpreter, typed
 from nanodmc.config import SHAPES, checked_config, config_from_json, config_to_json
 from nanodmc.files import (
-    LFS_POINTER,
     InputError,
-    listed,
     one_line,
     read_json,
-    reason,
+    remove_partial_writes,
     write_atomically,
     write_json,
 )
+from nanodmc.weights import plainly, read_weights, verify, weight_files, write_safetensors
 
 # ----------------------------------------------------------------------------------------- files
 
@@ -36,7 +32,8 @@ def save(model, path, tokenizer=None, shard_bytes=5 * 10 ** 9, **facts):
     facts: for config.json, such as the CR reached. More than shard_bytes of weights are cut into
     shards with an index. A kill at any moment leaves the old checkpoint or the new one, since the
     weights' file repeats config.json and shards get names that are free. Raises InputError where
-    the folder cannot be written; the old checkpoint is untouched then.
+    the folder cannot be written; the old checkpoint is untouched then. Call it under a lock: what
+    killed writes left in the folder goes.
     """
     path, config = Path(path), config_to_json(model.config, **facts)
     if tokenizer is not None:
@@ -49,13 +46,14 @@ def save(model, path, tokenizer=None, shard_bytes=5 * 10 ** 9, **facts):
         key = name if name == "lm_head.weight" else "model." + name
         shards[-1][key] = p.detach().contiguous()
     config["torch_dtype"] = str(p.dtype).removeprefix("torch.")
-    metadata = {"format": "pt", "config": json.dumps(config)}
-    names = free_names(path, len(shards))
+    remove_leftovers(path)
+    own, names = json.dumps(config), free_names(path, len(shards))
     for name, weights in zip(names, shards, strict=True):
         write_atomically(
-            path / name, lambda f, weights=weights: save_file(weights, f, metadata=metadata))
+            path / name, lambda f, weights=weights: write_safetensors(weights, f, own))
 
     # From here on the new weights count; beside an old single file, from when it is gone.
+    # Each write is on the disk before the next line, so nothing goes before what replaces it.
     index = path / "model.safetensors.index.json"
     if len(shards) > 1:
         places = {key: name for name, weights in zip(names, shards, strict=True) for key in weights}
@@ -71,6 +69,19 @@ def save(model, path, tokenizer=None, shard_bytes=5 * 10 ** 9, **facts):
         write_atomically(path / name, lambda f, content=content: f.write_bytes(content))
 
 
+def remove_leftovers(path):
+    """Remove what saves that were killed left in a folder, also those of older versions."""
+    remove_partial_writes(path)
+    for file in path.glob("model*.safetensors.partial"):
+        file.unlink()
+    for file in path.glob(".tmp??????"):        # safetensors' own, as large as the model
+        if file.is_file() and not file.is_symlink():
+            with file.open("rb") as f:
+                start = f.read(64)
+            if start[8:].startswith(b'{"__metadata__":'):
+                file.unlink()
+
+
 def free_names(path, shards):
     """File names for so many shards, none of which a file in the folder has; a single one's."""
     if shards == 1:
@@ -80,100 +91,17 @@ def free_names(path, shards):
     return [f"{stem}-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
 
 
-def weight_files(path):
-    """The files of a checkpoint's weights: one, or an index's shards. Raises InputError."""
-    for single in (path / "model.safetensors", path / "pytorch_model.bin"):  # pickles last
-        index = single.with_name(single.name + ".index.json")
-        if single.is_file():
-            return [single]
-        if index.is_file():
-            try:
-                names = sorted(set(read_json(index)["weight_map"].values()))
-                files = [path / Path(name).name for name in names]
-            except (KeyError, TypeError, AttributeError, ValueError):
-                raise InputError(f"{index} is no index of shards; restore it.") from None
-            if missing := [file.name for file in files if not file.is_file()]:
-                raise InputError(f"{path} lacks {listed(missing)}, which {index.name} names; "
-                                 "fetch the rest of the checkpoint.")
-            return files
-    raise InputError(f"{path} holds no model.safetensors and no pytorch_model.bin; "
-                     "give the folder of a checkpoint.")
-
-
-OTHER_FILES = {         # how what is found in the place of weights begins, and what to say of it
-    LFS_POINTER.lower().encode(): "a git-lfs pointer, not the weights; run git lfs pull there",
-    b"<!doctype": "a web page, not the weights; fetch the file itself",
-    b"<html": "a web page, not the weights; fetch the file itself",
-    b"gguf": "in the GGUF format; fetch the model's safetensors"}
-ZIP = b"PK\x03\x04"     # how torch.save's files begin, but for those of its old format
-
-
-def read_weights(file):
-    """The tensors in a file, by name, and the config.json that `save` put in, or None.
-
-    They stay mapped to the file, unless that is in PyTorch's old format, which is read whole.
-    Raises InputError for what cannot be read, is damaged, or holds more than weights.
-    """
-    try:
-        with file.open("rb") as f:
-            start = f.read(64)
-        for beginning, says in OTHER_FILES.items():
-            if start.lower().startswith(beginning):
-                raise InputError(f"{file} is {says}.")
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as f:
-                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - no dict
-                return tensors, json.loads((f.metadata() or {}).get("config", "null"))
-        tensors = torch.load(file, map_location="cpu", weights_only=True,       # no code
-                             mmap=start.startswith(ZIP))
-    except InputError:
-        raise
-    except Exception as error:      # torch and safetensors raise many kinds
-        raise InputError(f"{file} {what_is_wrong(error)}.") from None
-    if not isinstance(tensors, dict):
-        raise InputError(f"{file} holds a {type(tensors).__name__}, not tensors by their names; "
-                         "save the model's state_dict.")
-    if others := [f"{name} ({type(w).__name__})" for name, w in tensors.items()
-                  if not isinstance(w, torch.Tensor)]:
-        raise InputError(f"{file} holds more than weights, not all of it is tensors: "
-                         f"{listed(others)}; save the model's state_dict.")
-    return tensors, None
-
-
-def what_is_wrong(error):
-    """What an exception says about the file of weights that could not be read, and what to do."""
-    inner = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))     # below much advice
-    says = f"({type(error).__name__}: {one_line(inner[1] if inner else error)})"
-    if isinstance(error, OSError):
-        return f"cannot be read ({reason(error)}); make it readable, or fetch it anew"
-    if isinstance(error, MemoryError) or "allocate memory" in str(error):
-        return f"does not fit into memory {says}; free some, or choose a smaller model"
-    if "Dtype not understood" in str(error):        # safetensors: a dtype that PyTorch lacks
-        return f"has quantized weights {says}; fetch them in bf16 or fp32"
-    if code := re.search(r"GLOBAL (\S+)", str(error)):
-        return f"holds more than weights: {code[1]}; save the model's state_dict"
-    if "TorchScript" in str(error):
-        return "is a TorchScript program, not weights; save the model's state_dict"
-    if re.search("unsupported class|unrecognized function|Can only build", str(error)):
-        return f"holds more than weights {says}; save the model's state_dict"
-    if isinstance(error, UnpicklingError) or "Invalid magic number" in str(error):
-        return (f"is truncated or damaged, or was not written by torch.save {says}; "
-                "fetch or write it anew")
-    damage = "unexpected EOF|failed reading (zip|file)|corrupt"
-    kinds = SafetensorError | EOFError | json.JSONDecodeError
-    if isinstance(error, kinds) or re.search(damage, str(error)):
-        return f"is truncated or damaged {says}; fetch or write it anew"
-    return f"cannot be understood as weights {says}; fetch them as safetensors"
-
-
-def load(path, ops=dmc, device=None, dtype=None, **changes):
+def load(path, ops=dmc, device=None, dtype=None, verified=False, **changes):
     """The Transformer in a folder in Hugging Face's layout. dtype None: as stored.
 
     changes: of its Config, such as dmc=True before a retrofit. Weights that need no conversion stay
-    mapped to their file. Raises InputError where files are missing or damaged, where a tensor is
-    missing, unexpected or misshapen, and for other models. Warns of weights that are not finite.
+    mapped to their file. verified: `verify` them first, which takes as long as loading. Raises
+    InputError where files are missing or damaged, where a tensor is missing, unexpected or
+    misshapen, and for other models. Warns of weights that are not finite.
     """
     path, weights, saved = Path(path), {}, None
+    if verified:
+        verify(path)
     for file in weight_files(path):
         tensors, own = read_weights(file)
         weights, saved = weights | tensors, own or saved
@@ -202,7 +130,7 @@ def load(path, ops=dmc, device=None, dtype=None, **changes):
     weights = {name: w.to(device=device, dtype=dtype) for name, w in weights.items()}
     if bad := [name for name, w in weights.items()
                if not all(x.isfinite() for x in torch.aminmax(w))]:
-        warnings.warn(f"{path} has weights that are NaN or infinite, in {listed(bad)}; "
+        warnings.warn(f"{path} has weights that are NaN or infinite, in {plainly(bad)}; "
                       "what the model says will be useless.", stacklevel=2)
     model.load_state_dict(weights, assign=True, strict=False)
     if config.tie_embeddings:
@@ -217,7 +145,7 @@ def check_weights(path, expected, weights, tied):
     """
     floats = torch.float16, torch.bfloat16, torch.float32, torch.float64
     if others := [f"{name} ({w.dtype})" for name, w in weights.items() if w.dtype not in floats]:
-        raise InputError(f"{path} has quantized or other unsupported weights: {listed(others)}; "
+        raise InputError(f"{path} has quantized or other unsupported weights: {plainly(others)}; "
                          "fetch them in bf16 or fp32.")
     wrong = {name: tuple(w.shape) for name, w in weights.items()
              if name in expected and tuple(w.shape) != expected[name]}
@@ -226,7 +154,7 @@ def check_weights(path, expected, weights, tied):
         "unexpected": [name for name in weights if name not in expected],
         "of another shape": [f"{name} {n}, not {expected[name]}" for name, n in wrong.items()]}
     if any(problems.values()):
-        told = "; ".join(f"{kind}: {listed(names)}" for kind, names in problems.items() if names)
+        told = "; ".join(f"{kind}: {plainly(names)}" for kind, names in problems.items() if names)
         raise InputError(f"{path} has other tensors than its config.json says; {told}; "
                          "restore the files.")
     if tied is not None and not torch.equal(tied, weights["embed_tokens.weight"]):

@@ -1,6 +1,5 @@
 """The Config of a model: sizes that are checked, known shapes, and Hugging Face's config.json."""
 
-import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,13 @@ IN_CONFIG_JSON = {
     "max_seq_len": "max_position_embeddings", "head_dim": "head_dim", "norm_eps": "rms_norm_eps",
     "rope_theta": "rope_theta", "rope_scaling": "rope_scaling",
     "tie_embeddings": "tie_word_embeddings"}
+MOST = {                        # what is larger is damage: no model comes near
+    "vocab_size": 2 ** 24, "n_layer": 2 ** 12, "n_head": 2 ** 12, "n_kv_head": 2 ** 12,
+    "dim": 2 ** 20, "ffn_dim": 2 ** 24, "max_seq_len": 2 ** 22, "head_dim": 2 ** 14,
+    "window": 2 ** 16}
 WHOLE = ("vocab_size", "n_layer", "n_head", "n_kv_head", "dim", "ffn_dim", "max_seq_len")
+MOST_ANGLES = 2 ** 29           # positions x head_dim: the rotary table takes 2 GB then
+LARGEST = 1e15                  # of the other numbers, far inside what a float32 holds
 DEFAULTS = {                    # Hugging Face's, for what a config.json may leave out
     "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
     "mistral": {"rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "num_key_value_heads": 8,
@@ -42,8 +47,9 @@ def checked_config(**values):
     head_dim = values.get("head_dim")             # with a number here, Config computes nothing
     config = dmc.Config(**{**values, "head_dim": 0 if head_dim is None else head_dim})
     for name in WHOLE:
-        if not is_whole(n := getattr(config, name)):
-            raise InputError(f"{name} is {n!r}; give a whole number of at least 1.")
+        if not is_whole(n := getattr(config, name), MOST[name]):
+            raise InputError(
+                f"{name} is {shown(n)}; give a whole number from 1 to {MOST[name]:,}.")
     if config.n_head % config.n_kv_head:
         raise InputError(
             f"{config.n_head} query heads cannot share {config.n_kv_head} key-value heads evenly; "
@@ -53,40 +59,61 @@ def checked_config(**values):
             raise InputError(f"dim {config.dim} is no multiple of {config.n_head} heads; "
                              "choose one, or give head_dim.")
         config = replace(config, head_dim=config.dim // config.n_head)
-    if not is_whole(config.head_dim) or config.head_dim < 4 or config.head_dim % 2:
-        raise InputError(f"head_dim is {config.head_dim}; rotary embedding needs an even number, "
-                         "of at least 4 here.")
-    if config.window is not None and not is_whole(config.window):
-        raise InputError(
-            f"window is {config.window}; give at least 1, or None for the whole segment.")
+    if not is_whole(n := config.head_dim, MOST["head_dim"]) or n < 4 or n % 2:
+        raise InputError(f"head_dim is {shown(n)}; rotary embedding needs an even number, "
+                         f"of at least 4 here, and at most {MOST['head_dim']:,}.")
+    if config.max_seq_len * config.head_dim > MOST_ANGLES:
+        raise InputError(f"{config.max_seq_len:,} positions of heads of {config.head_dim:,} need a "
+                         "rotary table beyond 2 GB; lower max_seq_len "
+                         "(max_position_embeddings).")
+    if config.window is not None and not is_whole(config.window, MOST["window"]):
+        raise InputError(f"window is {shown(config.window)}; give a whole number from 1 to "
+                         f"{MOST['window']:,}, or None for the whole segment.")
     for name in ("norm_eps", "tau", "c"):
-        if not is_finite(x := getattr(config, name)):
-            raise InputError(f"{name} is {x!r}; give a number.")
+        if not is_number(x := getattr(config, name)):
+            raise InputError(f"{name} is {shown(x)}; give a number.")
+    if config.norm_eps < 0:
+        raise InputError(f"norm_eps is {config.norm_eps}; give a number of at least 0.")
     if not config.tau > 0:
         raise InputError(f"tau is {config.tau}; a temperature is above 0.")
     check_rope(config)
     return config
 
 
-def is_whole(value):
-    """Whether a value is a whole number of at least 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def is_whole(value, most):
+    """Whether a value is a whole number from 1 to `most`."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
 
 
-def is_finite(value):
-    """Whether a value is a number that a float can hold."""
-    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+def is_number(value):
+    """Whether a value is a number that arithmetic in float32 can bear."""
+    return (isinstance(value, int | float) and not isinstance(value, bool)
+            and abs(value) <= LARGEST)
+
+
+def shown(value):
+    """A value from a file, for a message: short, and without characters that command terminals."""
+    text = ascii(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def named(value):
+    """The same, but a plain text without quotes."""
+    plain = isinstance(value, str) and value.isprintable() and len(value) <= 80
+    return value if plain else shown(value)
 
 
 def check_rope(config):
+    """Raises InputError for a type of rotary embedding, or a number of it, that is not known."""
     scaling = config.rope_scaling or {"rope_type": "default"}
     if (kind := scaling.get("rope_type")) not in ROPE_NUMBERS:
-        raise InputError(f"the rotary embedding is of type {kind}; "
+        raise InputError(f"the rotary embedding is of type {named(kind)}; "
                          f"only {', '.join(ROPE_NUMBERS)} work here.")
     numbers = {name: scaling.get(name) for name in ROPE_NUMBERS[kind]}
     for name, value in {"rope_theta": config.rope_theta, **numbers}.items():
-        if not is_finite(value) or not value > 0:
-            raise InputError(f"{name} of the rotary embedding is {value}; give a number above 0.")
+        if not is_number(value) or not value > 0:
+            raise InputError(f"{name} of the rotary embedding is {shown(value)}; "
+                             f"give a number above 0, and at most {LARGEST:g}.")
 
 
 def shape(name, **changes):
@@ -148,16 +175,20 @@ def config_from_json(facts, source="config.json"):
         section = facts.get("dmc") or {}
         if section and section.get("method") != "dmc":
             raise InputError(
-                f"{source} names the method {section.get('method')}; only dmc is known here.")
+                f"{source} names the method {named(section.get('method'))}; "
+                "only dmc is known here.")
         if section:
             values |= {"window": as_whole(section["window"]), "tau": as_number(section["tau"]),
                        "c": as_number(section["c"])}
-        return checked_config(dmc=bool(section), **values)
+        try:
+            return checked_config(dmc=bool(section), **values)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
     except InputError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise InputError(f"{source} is no usable configuration ({type(error).__name__}: {error}); "
-                         "restore it.") from None
+        raise InputError(f"{source} is no usable configuration "
+                         f"({type(error).__name__}: {shown(str(error))}); restore it.") from None
 
 
 def rope_values(facts, max_seq_len):
@@ -187,7 +218,7 @@ def check_window(facts, max_seq_len, source):
 def refuse_other_models(facts, source):
     """Raises InputError, by name, for what this Llama does not have."""
     if (kind := facts.get("model_type")) not in ("llama", "mistral", MODEL_TYPE):
-        raise InputError(f"{source} describes a model of type {kind}; "
+        raise InputError(f"{source} describes a model of type {named(kind)}; "
                          "only Llama-family ones (llama, mistral) work here.")
     asked = {feature for key, feature in UNSUPPORTED.items() if as_flag(facts.get(key))}
     if as_number(facts.get("partial_rotary_factor") or 1) != 1:
@@ -196,7 +227,8 @@ def refuse_other_models(facts, source):
         raise InputError(f"{source} describes a model with {min(asked)}, "
                          "which is not supported here; choose another one.")
     if (act := facts.get("hidden_act", "silu")) not in ("silu", "swish"):       # two names for it
-        raise InputError(f"{source} names the activation {act}; only silu is supported here.")
+        raise InputError(f"{source} names the activation {named(act)}; "
+                         "only silu is supported here.")
 
 
 def read_config(path):

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import re
 import sysconfig
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ MAGIC = {                        # packing -> how such a file begins; no UTF-8 t
     ".gz": re.compile(rb"\x1f\x8b"),
     ".xz": re.compile(rb"\xfd7zXZ\0|\x5d\0\0"),                    # the second: its older format
     ".zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")}     # a frame, one to skip
+TOO_LARGE = ("{} takes more memory to read than there is; cut it into smaller files, or leave it "
+             "out of --data.")
 JSON_LINES, JSON = (".jsonl", ".ndjson", ".jsonlines"), (".json",)
 KEY = r'\{\s*"(?:[^"\\\n]|\\.)*"\s*:'
 BEGINS_AS_JSON = re.compile(rf'\s*(?:{KEY}|\[\s*(?:{KEY}|"(?:[^"\\\n]|\\.)*(?:"\s*[,\]]|\Z)))')
@@ -47,8 +50,11 @@ def text_files(patterns):
     found = []
     for pattern in patterns:
         # Path.glob takes no absolute pattern
-        names = ([pattern] if Path(pattern).exists()
-                 else sorted(glob.glob(pattern, recursive=True)))  # noqa: PTH207
+        try:
+            names = ([pattern] if Path(pattern).exists()
+                     else sorted(glob.glob(pattern, recursive=True)))  # noqa: PTH207
+        except OSError as error:         # such as a name that is too long
+            raise InputError(f"{pattern} cannot be read ({reason(error)}); check --data.") from None
         if not names:
             raise InputError(f"{pattern} cannot be read (no such file); check --data.")
         if names == [pattern] and not (Path(pattern).is_file() or Path(pattern).is_dir()):
@@ -71,8 +77,16 @@ class Form(NamedTuple):
     as_ever: bool    # whether the first version of this module read it in the same way
 
 
+def memory():
+    """The bytes of memory that this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def form_of(path):
-    """The Form of a file. Raises InputError where it is not what its name says."""
+    """The Form of a file. Raises InputError where it is not what its name says.
+
+    So it does where a file is read as a whole and has more bytes than there is memory.
+    """
     with unpacked(path, "") as (_, file):
         start = file.read(8)
     name, suffix = path.name.lower(), path.suffix.lower()
@@ -85,6 +99,8 @@ def form_of(path):
     with unpacked(path, packing, "utf-8") as (stream, _):
         head = stream.read(HEAD)
     kind = kind_of(Path(name).suffix, head.removeprefix("\ufeff"), path)
+    if kind in ("whole", "json") and not packing and path.stat().st_size > memory():
+        raise InputError(TOO_LARGE.format(path))
     before = path.suffix if path.suffix in MAGIC else ""
     named = (path.with_suffix("") if before else path).suffix
     as_ever = (before == packing != ".zst" and not head.startswith("\ufeff")
@@ -188,8 +204,7 @@ def unpacked(path, packing, encoding="utf-8-sig"):
         raise InputError(f"{path} is cut short: what is packed in it has no end; fetch it anew, "
                          "or leave it out of --data.") from None
     except MemoryError:
-        raise InputError(f"{path} takes more memory to read than there is; cut it into smaller "
-                         "files, or leave it out of --data.") from None
+        raise InputError(TOO_LARGE.format(path)) from None
     except gzip.BadGzipFile as error:                # the file itself could be read
         raise InputError(damage(path, error)) from None
     except OSError as error:

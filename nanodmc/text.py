@@ -3,20 +3,18 @@
 import hashlib
 import json
 import os
-import shutil
-import sys
-import time
+import threading
 import warnings
-from array import array
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
-from multiprocessing import get_context
-from pathlib import Path
+from multiprocessing import get_context, parent_process
 
 import numpy as np
 import torch
 
+from nanodmc import token_cache
 from nanodmc.documents import documents, form_of, standard_library, text_files
 from nanodmc.files import InputError, reason
 from nanodmc.tokenizer import Tokenizer
@@ -35,9 +33,17 @@ def encode(folder, texts):
     """Each text's tokens, an array each: the template's prefix, the text, the end of text."""
     tokenizer = tokenizer_of(folder)
     end = [] if tokenizer.eos is None else [tokenizer.eos]
-    dtype = np.uint16 if tokenizer.vocab_size <= 2 ** 16 else np.uint32
+    dtype = token_cache.dtype_of(tokenizer.vocab_size)
     return [np.array(tokenizer.encode(text, special=False, prefix=True) + end, dtype=dtype)
             for text in texts]
+
+
+def end_with_parent():
+    """Let this process end as soon as the one that started it has, however that ended."""
+    def watch():
+        parent_process().join()
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def encode_all(files, folder, field, alone=2 ** 24):
@@ -64,14 +70,18 @@ def encode_all(files, folder, field, alone=2 ** 24):
         return
     affinity = getattr(os, "sched_getaffinity", None)
     workers = len(affinity(0)) if affinity else os.cpu_count()
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        waiting = deque()
-        for texts, done in portions():
-            waiting.append((pool.submit(encode, folder, texts), done))
-            if len(waiting) > 2 * workers:
-                future, done = waiting.popleft()
-                yield future.result(), done
-        yield from ((future.result(), done) for future, done in waiting)
+    try:
+        with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool:
+            waiting = deque()
+            for texts, done in portions():
+                waiting.append((pool.submit(encode, folder, texts), done))
+                if len(waiting) > 2 * workers:
+                    future, done = waiting.popleft()
+                    yield future.result(), done
+            yield from ((future.result(), done) for future, done in waiting)
+    except BrokenProcessPool:
+        raise InputError("a process that tokenizes was killed, perhaps for want of memory; start "
+                         "again with fewer cores (taskset) or more memory.") from None
 
 
 def content_key(files, folder, field):
@@ -90,58 +100,37 @@ def content_key(files, folder, field):
         for path in files:
             form = form_of(path)
             newer = [] if form.as_ever else [2, form.kind]
-            about = [path.suffixes[-2:], path.stat().st_size, *newer]
-            whole.update(json.dumps(about).encode())
+            size = path.stat().st_size
+            whole.update(json.dumps([path.suffixes[-2:], size, *newer]).encode())
             with path.open("rb") as f:
                 while block := f.read(2 ** 20):
                     whole.update(block)
+                    if f.tell() > size:              # it may never end
+                        break
+                if f.tell() != size:
+                    raise InputError(f"{path} has another size than its folder says; give a file "
+                                     "that nothing writes to.")
     except OSError as error:
         raise InputError(f"{path} cannot be read ({reason(error)}); check --data.") from None
     return whole.hexdigest()
 
 
-def write_tokens(folder, files, tokenizer_folder, field):
-    """Tokenize files into `folder`, with the progress on the screen: see `prepare`."""
-    began = shown = time.perf_counter()
-    ends, total = array("q"), 0
-    every, end = (1, "\r") if sys.stdout.isatty() else (30, "\n")     # seconds between two lines
-    folder.mkdir(parents=True)
-    with (folder / "tokens").open("wb") as out:
-        for arrays, done in encode_all(files, tokenizer_folder, field):
-            for tokens in arrays:
-                tokens.tofile(out)
-                total += len(tokens)
-                ends.append(total)
-            now = time.perf_counter()
-            if now - shown > every:
-                shown = now
-                print(f"tokenizing {done:4.0%}, {total:,} tokens, "
-                      f"{total / (shown - began):,.0f} per second", end=end, flush=True)
-        os.fsync(out.fileno())
-    with (folder / "ends").open("wb") as out:
-        ends.tofile(out)
-        os.fsync(out.fileno())
-
-
 def prepare(files, folder, field, cache):
     """Tokenize into the folder cache/KEY, unless that is done. Returns KEY.
 
-    In it are `tokens`, all in a row, and `ends`, where each document ends (int64). Raises
-    InputError where a file cannot be read or the cache not be written.
+    Raises InputError where a file cannot be read or changes meanwhile, or the cache cannot be
+    written.
     """
     key = content_key(files, folder, field)
-    if (cache / key).is_dir():
-        return key
-    unfinished = cache / f"{key}.{os.getpid()}.partial"
-    try:
-        write_tokens(unfinished, files, folder, field)
-        unfinished.replace(cache / key)
-    except OSError as error:
-        if not (cache / key).is_dir():       # else another run was faster
-            raise InputError(f"{cache} cannot be written ({reason(error)}); set XDG_CACHE_HOME "
-                             "to another folder or free some space.") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+
+    def portions():
+        yield from encode_all(files, folder, field)
+        if content_key(files, folder, field) != key:      # the name would be that of other tokens
+            raise InputError("a file of --data was changed while it was tokenized; start again.")
+
+    vocab_size = tokenizer_of(folder).vocab_size
+    if token_cache.fault(cache / key, vocab_size):
+        token_cache.make(cache / key, vocab_size, portions)
     return key
 
 
@@ -169,26 +158,36 @@ class Text:
         return np.concatenate(parts)
 
 
+def files_of(settings, wrong):
+    """The files of the text. wrong: why tokens from before are of no use; None: there are none."""
+    try:
+        files = text_files(settings.data) if settings.data else standard_library()
+    except InputError as error:
+        raise InputError(f"the tokens from before are of no use ({wrong}), and {error}"
+                         if wrong else str(error)) from None
+    if not files:
+        raise InputError("this Python has no sources of its standard library; "
+                         "give text files with --data.")
+    return files
+
+
 def load_data(settings, folder, key=None):
     """The text for training, the text for validation, and the key of both, made if need be.
 
     folder: whose tokenizer; None: bytes. key: from an earlier call, whose tokens are taken as they
-    are if they are still there. Raises InputError where text is missing or too short.
+    are if they are still there and whole. Raises InputError where text is missing or too short.
 
     The order of the documents depends on nothing but their number. The first 1 in 20 of them, no
     more than 10,000, are set aside for validation; of a single document, its last twentieth.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dmc"
-    if key is None or not (cache / key).is_dir():
-        files = text_files(settings.data) if settings.data else standard_library()
-        if not files:
-            raise InputError("this Python has no sources of its standard library; "
-                             "give text files with --data.")
-        key = prepare(files, folder, settings.field, cache)
-    dtype = np.uint16 if tokenizer_of(folder).vocab_size <= 2 ** 16 else np.uint32
+    cache, vocab_size = token_cache.where(), tokenizer_of(folder).vocab_size
+    named = token_cache.KEY.fullmatch(str(key))      # it is from a file, which may say anything
+    wrong = token_cache.fault(cache / key, vocab_size) if named else "no such text"
+    if wrong:
+        key = prepare(files_of(settings, wrong if key else None), folder, settings.field, cache)
     ends, tokens = np.fromfile(cache / key / "ends", np.int64), np.zeros(0)
     if ends[-1:].any():                     # an empty file cannot be mapped
-        tokens = np.memmap(cache / key / "tokens", dtype, mode="r")
+        tokens = np.memmap(cache / key / "tokens", token_cache.dtype_of(vocab_size), mode="r")
     else:
         raise InputError("the files of --data have no text in them; give others.")
     starts = np.concatenate([[0], ends[:-1]])

@@ -8,9 +8,10 @@ from pathlib import Path
 import tiktoken
 
 from nanodmc.added_tokens import BLANK, AddedTokens, ends_of_text
-from nanodmc.config import as_whole
-from nanodmc.files import InputError, listed, read_json
+from nanodmc.config import as_whole, named, shown
+from nanodmc.files import InputError, listed, read_bytes, read_json
 from nanodmc.splits import SPLITS, split_name, steps_of
+from nanodmc.terminal import harmless
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
@@ -101,7 +102,7 @@ class Tokenizer:
         except (KeyError, TypeError, AttributeError, ValueError, IndexError, RecursionError,
                 OverflowError) as error:
             raise self._refusal(
-                f"is damaged ({type(error).__name__}: {error})", "restore it") from None
+                f"is damaged ({type(error).__name__}: {shown(str(error))})", "restore it") from None
         self.rows = self.vocab_size = 1 + max(self.pieces)
         self.stops = ends_of_text(source, files, self.special_ids, self.vocab | self.added.ids)
         self.eos = next((i for i in self.stops if i in self.pieces), None)
@@ -124,13 +125,15 @@ class Tokenizer:
     def from_folder(cls, path):
         """A checkpoint's tokenizer, for the ids that the model knows. Raises InputError."""
         path = Path(path)
-        files = {name: (path / name).read_bytes() for name in TOKENIZER_FILES
-                 if (path / name).is_file()}
+        files = {name: read_bytes(path / name) for name in TOKENIZER_FILES
+                 if (path / name).exists() and not (path / name).is_dir()}
         if "tokenizer.json" not in files:
             raise InputError(
                 f"{path} holds no tokenizer.json; copy it there from the model's source.")
         read_json(path / "tokenizer.json")           # says so if it is a pointer or damaged
-        config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+        config = read_json(path / "config.json") if (path / "config.json").exists() else {}
+        if not isinstance(config, dict):
+            raise InputError(f"{path / 'config.json'} is no usable configuration; restore it.")
         special_ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
                        if key in config}
         tokenizer = cls(files, special_ids, path / "tokenizer.json")
@@ -177,7 +180,7 @@ class Tokenizer:
                 self.blanks = "each"
             elif step != {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}:
                 raise self._refusal(
-                    f"normalizes text by {step['type']}, which is not supported here")
+                    f"normalizes text by {named(step['type'])}, which is not supported here")
         if (pre_tokenizer or {}).get("type") == "Metaspace":
             self.blanks = pre_tokenizer.get("prepend_scheme") or (
                 "always" if pre_tokenizer.get("add_prefix_space", True) else "never")
@@ -185,13 +188,13 @@ class Tokenizer:
     def _read_model(self, model, pre_tokenizer):
         """The vocabulary and its merges, as a tiktoken Encoding and tables beside it."""
         if (kind := model.get("type") or "BPE") != "BPE":
-            raise self._refusal(f"is of type {kind}; only BPE is supported here")
+            raise self._refusal(f"is of type {named(kind)}; only BPE is supported here")
         for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(option):
                 raise self._refusal(f"uses {option}, which is not supported here")
         split = split_name(pre_tokenizer)
         if split not in SPLITS:
-            raise self._refusal(f"cuts text by an unknown pre-tokenizer, {split[:300]}")
+            raise self._refusal(f"cuts text by an unknown pre-tokenizer, {harmless(split[:300])}")
         self.over_bytes = "ByteLevel" in json.dumps(pre_tokenizer)
         if not self.over_bytes and not model.get("byte_fallback"):
             raise self._refusal("is BPE neither over bytes nor with byte fallback, "
@@ -246,7 +249,7 @@ class Tokenizer:
             for flag in ("single_word", "lstrip", "rstrip"):
                 if token.get(flag):
                     raise self._refusal(
-                        f"marks {token['content']} as {flag}, which is not supported here")
+                        f"marks {named(token['content'])} as {flag}, which is not supported here")
         self.added = AddedTokens(tokens, self.vocab, self._normalize if self.normalizes else None)
         self.special = self.added.special
         self.pieces |= {i: name.encode() for i, name in self.added.spelled.items()}
@@ -264,7 +267,7 @@ class Tokenizer:
                                 for i in step["special_tokens"][part["SpecialToken"]["id"]]["ids"]]
             elif step["type"] != "ByteLevel":        # that one moves offsets only
                 raise self._refusal(
-                    f"has the post-processor {step['type']}, which is not supported here")
+                    f"has the post-processor {named(step['type'])}, which is not supported here")
 
     def _read_decoder(self, decoder):
         """self.strips: whether decoding drops the blank that encoding put first."""

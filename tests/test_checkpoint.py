@@ -26,7 +26,7 @@ import generate
 import train
 from conftest import POINTER, RETROFIT, edit_json, largest_error, lines_of, oracle, refusal
 from dmc import Transformer
-from nanodmc import checkpoint
+from nanodmc import checkpoint, files, weights
 from nanodmc.checkpoint import load, save
 from nanodmc.config import shape
 from nanodmc.files import InputError
@@ -64,7 +64,7 @@ def test_a_kill_during_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch, d
         raise KeyboardInterrupt
 
     if dies_in == "save_file":
-        monkeypatch.setattr(checkpoint, "save_file", half_a_file)
+        monkeypatch.setattr(weights, "save_file", half_a_file)
     elif dies_in == "replace":
         monkeypatch.setattr(Path, "replace", die)
     else:
@@ -160,7 +160,7 @@ def test_a_file_that_is_sound_is_not_called_damaged(tmp_path, plain, monkeypatch
         def fails(*args, fault=fault, **kwargs):
             raise fault
 
-        monkeypatch.setattr(checkpoint, "safe_open", fails)
+        monkeypatch.setattr(weights, "safe_open", fails)
         with pytest.raises(InputError) as refused:
             load(folder)
         assert says in str(refused.value) and "damaged" not in str(refused.value)
@@ -425,10 +425,12 @@ BAD_CHECKPOINTS = {
     "a tensor misshapen": (with_weights(lambda w: w.update({NORM: torch.ones(3)})),
                            r"norm.weight \(3,\), not \(16"),
     "rows too few": (configured(vocab_size=300), "embed_tokens.weight"),
-    "layers beyond count": (configured(num_hidden_layers=10 ** 12), "too few for"),
+    "layers beyond count": (configured(num_hidden_layers=4096), "too few for"),
+    "layers without end": (configured(num_hidden_layers=10 ** 12), "n_layer is 1000000000000;"),
     "an output matrix although tied": (configured(tie_word_embeddings=True),
                                        "ties the output matrix"),
-    "sizes enormous": (configured(hidden_size=2 ** 50, head_dim=2 ** 20), "sizes beyond"),
+    "sizes enormous": (configured(hidden_size=2 ** 50, head_dim=2 ** 20),
+                       "dim is 1125899906842624;"),
     "a size negative": (configured(hidden_size=-16), "dim is -16"),
     "a size no number": (configured(hidden_size="sixteen"), "dim is 'sixteen'"),
     "norm_eps no number": (configured(rms_norm_eps="small"), "norm_eps is 'small'"),
@@ -808,3 +810,125 @@ def test_random_weights(tmp_path, monkeypatch, tiny_shape, text, capsys):
     assert "no shape" in said
     said = refusal(train.main, ["--random-weights", "--data", text], capsys, tmp_path)
     assert "--random-weights needs" in said
+
+
+# ------------------------------------------------------------------- what a disk may do to a folder
+
+@pytest.mark.parametrize("shard_bytes", [2000, 10 ** 9])
+def test_the_same_model_gives_the_same_bytes(tmp_path, shard_bytes):
+    model = Transformer(config_of())
+    contents = []
+    for name in ("a", "b", "c"):
+        save(model, tmp_path / name, shard_bytes=shard_bytes, cr=2.0)
+        files = sorted((tmp_path / name).iterdir())
+        contents.append([(file.name, file.read_bytes()) for file in files])
+        with safetensors.safe_open(files[-1] if shard_bytes > 2000 else files[1], "pt") as f:
+            assert list(f.metadata()) and f.metadata()["format"] == "pt"
+    assert contents[0] == contents[1] == contents[2]
+
+
+def test_weights_of_older_versions_are_read_and_have_no_checksum(tmp_path):
+    model = Transformer(config_of())
+    save(model, tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors, metadata = weights.read_safetensors(file)
+    tensors = {name: w.clone() for name, w in tensors.items()}
+    safetensors.torch.save_file(tensors, file, {"config": metadata["config"], "format": "pt"})
+    assert checkpoint_is(tmp_path, model)
+    with pytest.raises(InputError, match="no checksum"):
+        load(tmp_path, verified=True)
+
+
+@given(st.integers(0, 10 ** 6), st.integers(1, 255), st.sampled_from([0, 1500]))
+@settings(max_examples=40)
+@pytest.mark.filterwarnings("ignore")
+def test_verify_finds_any_flip_in_the_weights(tmp_path_factory, at, flip, shard_bytes):
+    folder = tmp_path_factory.mktemp("flipped")
+    save(Transformer(config_of()), folder, shard_bytes=shard_bytes or 10 ** 9)
+    load(folder, verified=True)
+    file = checkpoint.weight_files(folder)[-1]
+    data = bytearray(file.read_bytes())
+    header = 8 + int.from_bytes(data[:8], "little")
+    data[header + at % (len(data) - header)] ^= flip
+    file.write_bytes(data)
+    with pytest.raises(InputError, match="damaged"):
+        checkpoint.verify(folder)
+
+
+def test_saving_removes_what_killed_saves_left_and_nothing_else(tmp_path):
+    model = Transformer(config_of())
+    save(model, tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / ".model.safetensors.0a1b2c3d.partial").mkdir()
+    (tmp_path / ".model.safetensors.0a1b2c3d.partial/model.safetensors").write_bytes(whole[:99])
+    for name in (".tmpA1b2C3", ".tmpkeep", "model.safetensors.partial", "model-1-00001.partial"):
+        (tmp_path / name).write_bytes(whole[:-5])
+    (tmp_path / ".tmpabcdef").write_text("notes of somebody else, which are longer than 16 bytes")
+    save(model, tmp_path)
+    assert {f.name for f in tmp_path.iterdir()} == {
+        "model.safetensors", "config.json", ".tmpkeep", ".tmpabcdef", "model-1-00001.partial"}
+
+
+@pytest.mark.parametrize("before, after", [(0, 2000), (2000, 0), (2000, 1500)])
+def test_nothing_is_deleted_before_its_successor_is_on_the_disk(tmp_path, monkeypatch, before,
+                                                                after):
+    """After each move into a place, its folder is synced before anything is deleted."""
+    save(Transformer(config_of()), tmp_path, shard_bytes=before or 10 ** 9)
+    happened = []
+
+    def noting(kind, change):
+        def wrapped(*args, **kwargs):
+            happened.append(kind(*args))
+            return change(*args, **kwargs)
+        return wrapped
+
+    monkeypatch.setattr(Path, "replace", noting(lambda *_: "move", Path.replace))
+    monkeypatch.setattr(Path, "unlink", noting(lambda *_, **__: "delete", Path.unlink))
+    monkeypatch.setattr(files, "sync", noting(
+        lambda path: "sync" if Path(path) == tmp_path else "content", files.sync))
+    save(Transformer(config_of(n_layer=3)), tmp_path, shard_bytes=after or 10 ** 9)
+    for i, event in enumerate(happened):
+        if event == "move":
+            assert happened[i - 1] == "content" and happened[i + 1] == "sync"
+    assert "delete" in happened and happened.index("move") < happened.index("delete")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json",
+                                  "tokenizer.json", "model.safetensors.index.json"])
+def test_pipes_and_devices_are_refused_at_once(tmp_path, plain, name):
+    folder = shutil.copytree(plain, tmp_path / "model")
+    if name == "model.safetensors.index.json":
+        (folder / "model.safetensors").unlink()
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+        with pytest.raises(InputError, match=rf"/{re.escape(name)} is a pipe or a device"):
+            load(folder)
+            Tokenizer.from_folder(folder)
+
+
+UNUSUAL = {"sparse": lambda w: w.to_sparse(), "without data": lambda w: w.to("meta"),
+           "quantized": lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8)}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+@pytest.mark.filterwarnings("ignore")
+def test_pickled_tensors_that_are_no_plain_ones_are_refused(tmp_path, plain, kind):
+    folder = shutil.copytree(plain, tmp_path / "model")
+    tensors, _ = weights.read_safetensors(folder / "model.safetensors")
+    tensors["model.norm.weight"] = UNUSUAL[kind](tensors["model.norm.weight"].float())
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"pytorch_model\.bin") as refused:
+        load(folder)
+    assert str(refused.value).isprintable()
+
+
+def test_names_from_files_command_no_terminal(tmp_path, plain):
+    folder = shutil.copytree(plain, tmp_path / "model")
+    tensors, _ = weights.read_safetensors(folder / "model.safetensors")
+    tensors = {name: w.clone() for name, w in tensors.items()} | {"\x1b[2J\n": torch.zeros(2)}
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"unexpected: '\\x1b\[2J\\n'") as refused:
+        load(folder)
+    assert str(refused.value).isprintable()

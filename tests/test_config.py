@@ -104,6 +104,48 @@ def test_what_a_config_json_cannot_mean_is_refused(bad):
     assert "\n" not in str(refused.value)
 
 
+ODD_VALUES = [None, True, False, -1, 0, 1.5, 32.0, 12.0, 1e300, 10 ** 8, 10 ** 12, 10 ** 30,
+              -10 ** 30, math.nan, math.inf, "x", "1e-5", "", "\x1b[31m", [], [1], [[1]], {},
+              {"a": 1}]
+LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}
+FIELDS = [(section, name) for section, names in (
+    ("", [*config_to_json(config_of()), "sliding_window", "rope_parameters", "attention_bias",
+          "partial_rotary_factor", "quantization_config", "num_local_experts"]),
+    ("dmc", ["method", "window", "tau", "c"]), ("rope_scaling", [*LLAMA3, "rope_theta"]))
+    for name in names]
+
+
+@pytest.mark.parametrize("section, name", FIELDS)
+def test_every_odd_value_works_or_is_refused_in_a_sentence(section, name):
+    """With the file's name, and nothing that commands a terminal; what is taken runs."""
+    facts = config_to_json(config_of((4, 2), n_layer=1)) | {"rope_scaling": LLAMA3}
+    seen = [config_from_json(facts)]
+    for value in ODD_VALUES:
+        odd = facts | ({section: facts[section] | {name: value}} if section else {name: value})
+        try:
+            config = config_from_json(odd, "here/config.json")
+        except InputError as error:
+            assert str(error).startswith("here/config.json") and str(error).isprintable()
+            assert len(str(error)) < 300
+            continue
+        assert config.max_seq_len * config.head_dim <= 2 ** 29
+        if config in seen:
+            continue
+        seen.append(config)
+        if max(config.vocab_size, config.n_layer, config.dim, config.ffn_dim) < 1000:
+            model = Transformer(config)                # in tables and rings of a bounded size
+            with torch.no_grad():
+                model(torch.zeros(1, 3, dtype=torch.long), model.Cache(config, 1))
+
+
+def test_positions_are_bounded_by_the_rotary_table_that_they_need():
+    assert checked_config(**{**vars(config_of()), "max_seq_len": 2 ** 22}).max_seq_len == 2 ** 22
+    for changes in (dict(max_seq_len=10 ** 8), dict(max_seq_len=2 ** 22, head_dim=256)):
+        with pytest.raises(InputError, match="max_seq_len"):
+            checked_config(**{**vars(config_of()), **changes})
+
+
 def test_known_shapes():
     """The parameters that the models are named for."""
     for name, billions in (("llama2-7b", 6.74), ("llama2-13b", 13.02), ("llama2-70b", 68.98)):

@@ -183,6 +183,26 @@ def test_a_pipe_is_no_file_of_text(tmp_path):
         text_files([str(tmp_path / "p*"), str(tmp_path)])
 
 
+def test_what_can_never_be_read_is_skipped_or_refused_at_once(tmp_path):
+    """Pipes and devices below a folder, names that no system takes, more bytes than memory."""
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "zeros.txt").symlink_to("/dev/zero")
+    (tmp_path / "round").symlink_to("round")
+    (tmp_path / "f.txt").write_text("x")
+    for pattern in (tmp_path, tmp_path / "*", tmp_path / "**/*.txt"):
+        assert text_files([str(pattern)]) == [tmp_path / "f.txt"]
+    for name, says in [("a" * 999, "File name too long"), ("a\0b", "no such file"),
+                       (tmp_path / "round", "device or a pipe|no such file|symbolic links")]:
+        with pytest.raises(InputError, match=says):
+            text_files([str(name)])
+    for name in ("f.md", "f.json"):
+        with (tmp_path / name).open("wb") as file:
+            file.write(b"[\n")
+            file.truncate(2 * module.memory())
+        with pytest.raises(InputError, match="more memory to read than there is"):
+            form_of(tmp_path / name)
+
+
 # ------------------------------------------------------------------------------- streams that end
 
 LONG = "".join(json.dumps({"text": os.urandom(40).hex()}) + "\n" for _ in range(2000))

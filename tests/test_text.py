@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import train
 from conftest import edit_json, refusal
 from nanodmc import text as texts_module
+from nanodmc.files import InputError
 from nanodmc.settings import Settings
 from nanodmc.text import Text, batch, content_key, encode_all, load_data
 from nanodmc.tokenizer import Tokenizer
@@ -143,6 +144,72 @@ def test_many_processes_tokenize_like_one(tmp_path):
     assert len(portions) > 4 and shares == sorted(shares) and shares[-1] == 1
     for tokens, text in zip(arrays, texts[0] + texts[1], strict=True):
         assert bytes(tokens[:-1].astype(np.uint8)).decode() == text and tokens[-1] == 256
+
+
+def test_a_run_that_resumes_has_the_same_tokens_or_a_sentence(tmp_path, cache_of_tokens, capfd):
+    path = tmp_path / "f.txt"
+    path.write_text("whole text " * 30)
+    train_text, _, key = load_data(data_settings(path), None)
+    before, saved = train_text[0:len(train_text)].tolist(), cache_of_tokens / key
+
+    def spoil():
+        (saved / "tokens").write_bytes((saved / "tokens").read_bytes()[:-2])
+
+    for damage, said in ((spoil, True), (lambda: shutil.rmtree(saved), False),
+                         (lambda: [child.unlink() for child in saved.iterdir()], True)):
+        damage()
+        train_text, _, again = load_data(data_settings(path), None, key)
+        assert again == key and train_text[0:len(train_text)].tolist() == before
+        assert ("tokenizing anew" in capfd.readouterr().out) == said
+    (saved / "record.json").unlink()                     # as an earlier version left it
+    assert load_data(data_settings(path), None, key)[2] == key
+    path.unlink()
+    assert load_data(data_settings(path), None, key)[2] == key
+    spoil()
+    with pytest.raises(InputError, match="from before are of no use .*f.txt cannot be read"):
+        load_data(data_settings(path), None, key)
+    assert saved.is_dir()                                # whoever has it mapped reads on
+
+
+def test_a_key_from_a_file_leads_nowhere_else(tmp_path, cache_of_tokens):
+    path = tmp_path / "f.txt"
+    path.write_text("whole text " * 30)
+    key = load_data(data_settings(path), None)[2]
+    elsewhere = shutil.copytree(cache_of_tokens / key, tmp_path / key)
+    (elsewhere / "tokens").write_bytes(bytes(len((elsewhere / "tokens").read_bytes())))
+    (elsewhere / "record.json").unlink()
+    for other in (str(elsewhere), f"../{key}", "None", "", key.upper(), 3, [key]):
+        train_text, _, again = load_data(data_settings(path), None, other)
+        assert again == key and train_text[0:5].all()
+
+
+def test_a_text_that_changes_meanwhile_has_no_name(tmp_path, cache_of_tokens, monkeypatch):
+    path, encode = tmp_path / "f.txt", texts_module.encode
+    path.write_text("text of its own " * 30)
+
+    def meanwhile(*args):
+        path.write_text("text of another " * 30)
+        return encode(*args)
+
+    monkeypatch.setattr(texts_module, "encode", meanwhile)
+    before = set(cache_of_tokens.glob("*"))
+    with pytest.raises(InputError, match="was changed while it was tokenized; start again"):
+        load_data(data_settings(path), None)
+    assert set(cache_of_tokens.glob("*")) == before
+
+
+def test_a_file_of_another_size_than_it_says_is_refused(tmp_path):
+    """As those of the system's, which say 0 and may never end."""
+    with pytest.raises(InputError, match="/proc/self/status has another size"):
+        content_key([Path("/proc/self/status")], None, "text")
+
+
+def test_a_killed_worker_is_said(tmp_path, monkeypatch):
+    path = tmp_path / "f.txt"
+    path.write_text("text")
+    monkeypatch.setattr(texts_module, "end_with_parent", os.abort)
+    with pytest.raises(InputError, match="a process that tokenizes was killed"):
+        list(encode_all([path], None, "text", alone=0))
 
 
 BAD_DATA = {

@@ -338,6 +338,27 @@ def test_a_damaged_file_beside_the_tokenizer_is_named(tmp_path, plain, name):
             assert Tokenizer.from_folder(folder).eos == 256
 
 
+@pytest.mark.parametrize("template", [False, True])
+@pytest.mark.parametrize("says", [{}, {"add_bos_token": True}, {"add_bos_token": False}])
+def test_the_template_alone_says_what_begins_a_text(tmp_path, plain, template, says):
+    """As in transformers: `add_bos_token` counts for nothing beside a tokenizer.json."""
+    folder = shutil.copytree(plain, tmp_path / "model")
+    step = {"type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+                       {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}},
+                     {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [256],
+                                                 "tokens": ["<|endoftext|>"]}}}
+    if template:
+        edit_json(folder / "tokenizer.json", lambda t: t.update(post_processor=step))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|endoftext|>", **says}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = oracle("transformers").AutoTokenizer.from_pretrained(folder)("ab").input_ids
+    assert Tokenizer.from_folder(folder).encode("ab", prefix=True) == theirs
+    assert (theirs[0] == 256) == template
+
+
 # ---------------------------------------------------------------------------- what files may hold
 
 def added_token(content, i=257, **flags):
