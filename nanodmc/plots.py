@@ -154,6 +154,34 @@ def draw_policy(axes, name, style, below, points):
     axes.annotate(f"{loss:+.2f}", (share, loss), (-20, -3), **text)
 
 
+def plot_analyses(facts, path):
+    """Figures 6, 8, 9 and 12 of what nanodmc/analyses.py finds. Returns whether it could draw."""
+    figure = new_figure(10, 7)
+    if figure is None:
+        return False
+    (heads, words), (length, position) = figure.subplots(2, 2)
+    (ratios,), (agreement,) = facts["figure 6"].values(), facts["figure 12"].values()
+    draw_ratios(figure, heads, ratios, "CR")
+    heads.set(title="compression of each layer and head", xlabel="head", ylabel="layer")
+    image = words.imshow(agreement, aspect="auto", origin="lower", cmap="RdBu", vmin=-1, vmax=1)
+    figure.colorbar(image, ax=words, label="correlation")
+    words.set(title="slots that begin where words do", xlabel="head", ylabel="layer")
+    for axis in (heads, words):
+        for locator in (axis.xaxis.get_major_locator(), axis.yaxis.get_major_locator()):
+            locator.set_params(integer=True)
+    (points,), (ranges,) = facts["figure 8"].values(), facts["figure 9"].values()
+    lengths, crs, errors = zip(*points, strict=True)
+    length.errorbar(lengths, crs, [error or 0 for error in errors], marker="o", capsize=3)
+    length.set(title="the longer, the more compressed?", xscale="log", ylabel="CR so far",
+               xlabel="tokens so far")
+    position.step([a for a, *_ in ranges], [mean for *_, mean in ranges], where="post")
+    position.set(title="merges by position", xlabel="position", ylabel="mean alpha", ylim=(0, 1))
+    for axis in (length, position):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    return True
+
+
 def plot_bench(rows, path):
     """Figure 5: tokens/s by CR, at the largest batch and at that of CR 1.
 

@@ -15,7 +15,8 @@ ORDER = [["dmc"],
              "interrupts", "files", "locks", "terminal", "cli", "variants", "config", "checkpoint",
              "parallel", "added_tokens", "splits", "tokenizer", "documents", "text", "settings",
              "tables", "optim", "evaluate", "baselines", "sampling", "plots", "stopping", "runs",
-             "pool", "engine", "results", "prompts", "merges", "peers", "cases", "bench")),
+             "pool", "engine", "results", "prompts", "merges", "analyses", "peers", "cases",
+             "bench")),
          ["train", "generate"]]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 MODULES = {**{path.stem: path for path in HERE.glob("nanodmc/*.py") if path.stem != "__init__"},
