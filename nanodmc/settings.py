@@ -11,6 +11,7 @@ from nanodmc.checkpoint import locate
 from nanodmc.cli import OPS
 from nanodmc.config import SHAPES, checked_config, read_config, shape
 from nanodmc.files import InputError, read_json
+from nanodmc.variants import VARIANTS
 
 
 def setting(group, laptop, help, paper=None, **argument):
@@ -94,6 +95,13 @@ class Settings:
         "schedule", False, "with --init too: also train the model given for as many steps without "
         "compression", action="store_true")
 
+    variant: str = setting(
+        "method", "dmc", f"dmc, or what it is compared with: {', '.join(list(VARIANTS)[1:])}; "
+        "docs/variants.md says what each is", choices=list(VARIANTS), metavar="NAME")
+    distill: float = setting(
+        "method", 0.0, "share of the objective, beside the compression loss, that is the KL "
+        "divergence to the logits of the model before the retrofit; the LM loss has the rest",
+        metavar="X")
     window: int = setting("method", 12, "w: tokens that an average covers at most; 0: the whole "
                           "segment")
     tau: float = setting("method", 0.2, "temperature of Eq. 8", 0.1)
@@ -126,7 +134,8 @@ class Settings:
 
     def __post_init__(self):
         may_be_zero = {"seed", "micro_batch", "pretrain_steps", "channel_lr_factor", "cr_weight",
-                       "window", "c", "warmup", "weight_decay", "random_weights", "control"}
+                       "window", "c", "warmup", "weight_decay", "random_weights", "control",
+                       "distill"}
         numbers = {f.name: getattr(self, f.name) for f in fields(self)
                    if isinstance(getattr(self, f.name), int | float)}
         for name, value in numbers.items():
@@ -137,6 +146,8 @@ class Settings:
                 raise InputError(f"{flag(name)} is 0; give a number above 0.")
         if self.beta2 >= 1:
             raise InputError(f"--beta2 is {self.beta2}; give a number below 1.")
+        if self.distill > 1:
+            raise InputError(f"--distill is {self.distill}; a share is at most 1.")
         self.check_ratios()
         if self.random_weights and not self.init:
             raise InputError("--random-weights needs the name of a shape; add --init llama2-7b.")
@@ -150,6 +161,12 @@ class Settings:
         spelled = lambda ratios: " ".join(f"{cr:g}" for cr in ratios)
         if self.cr < 1:
             raise InputError(f"--cr is {self.cr:g}; a compression ratio is at least 1.")
+        if self.variant in ("fmp", "gqa") and (self.cr < 2 or self.cr % 1):
+            raise InputError(f"--variant {self.variant} averages a whole number, and --cr is "
+                             f"{self.cr:g}; give 2 or more.")
+        if not VARIANTS[self.variant].annealed and self.kept() != [self.cr]:
+            raise InputError(f"--variant {self.variant} has its CR from the first step on, so it "
+                             "keeps one model; leave out --keep.")
         if not all(1 <= cr <= self.cr for cr in self.kept()):
             raise InputError(f"--keep {spelled(self.keep)} leaves the range from 1 to "
                              f"--cr {self.cr:g}.")
@@ -161,6 +178,8 @@ class Settings:
         """The CRs at which the retrofit keeps a model, in rising order."""
         if self.keep:
             return sorted(set(self.keep))
+        if not VARIANTS[self.variant].annealed:
+            return [self.cr]
         return [float(cr) for cr in range(2, math.ceil(self.cr))] + [self.cr]
 
     def solidified(self):
@@ -175,7 +194,11 @@ class Settings:
 
     def method(self, dmc):
         """The entries of a Config that the settings decide. dmc False: a plain Llama."""
-        return {"dmc": dmc, "window": self.window or None, "tau": self.tau, "c": self.c}
+        entries = {"dmc": dmc, "window": self.window or None, "tau": self.tau, "c": self.c}
+        if dmc and self.variant != "dmc":
+            entries["variant"] = self.variant
+            entries["every"] = int(self.cr) if self.variant == "fmp" else None
+        return entries
 
     @property
     def lean(self):
@@ -216,6 +239,8 @@ class Phase:
     fade: bool = False               # Eq. 12
     cr: tuple | None = None          # target CR before the first step and after the last
     keep: dict = field(default_factory=dict)    # steps done -> folder of the model kept then
+    grouped: int = 1                 # of GQA: how many key-value heads become one at its beginning
+    taught: bool = False             # whether the model before the retrofit teaches it
 
     @property
     def title(self):
@@ -251,24 +276,33 @@ def plan(s, given=None):
     if len(set(reach.values())) < len(reach):
         raise InputError(f"two of the CRs to keep, {', '.join(f'{cr:g}' for cr in reach)}, fall on "
                          "the same step; keep fewer with --keep, or raise --retrofit-steps.")
-    control = s.control or not s.init
-    phases = [
-        Phase("pretrain", given and start, "pretrained", pretrain_steps, 0, pretrain_steps,
-              s.pretrain_lr, dmc=False),
-        Phase("free", start, "freed", s.free_steps, free_at, 0, s.lr, fade=True),
-        Phase("retrofit", "freed", None, s.retrofit_steps, retrofit_at, 0, s.lr, cr=(1.0, s.cr),
-              keep={step: f"retrofit-{cr:g}" for cr, step in reach.items()}),
-    ]
-    for cr in s.solidified():
-        step = reach[cr]       # with a control all end after as many steps, so they are comparable
-        steps = s.solidify_steps + (s.retrofit_steps - step if control else 0)
-        phases.append(Phase("solidify", f"retrofit-{cr:g}", f"cr{cr:g}", steps, retrofit_at + step,
-                            steps, s.lr, cr=(cr, cr)))
-    if control:
-        steps = s.free_steps + s.retrofit_steps + s.solidify_steps
-        phases.append(Phase("control", start, "control", steps, free_at, s.solidify_steps, s.lr,
-                            dmc=False))
-    return phases
+    control, taught = s.control or not s.init, s.distill > 0
+    steps = s.free_steps + s.retrofit_steps + s.solidify_steps
+    plain = dict(start=start, steps=steps, position=free_at, decay=s.solidify_steps, lr=s.lr,
+                 dmc=False)
+    phases = [Phase("pretrain", given and start, "pretrained", pretrain_steps, 0, pretrain_steps,
+                    s.pretrain_lr, dmc=False)]
+    if s.variant == "gqa":
+        phases.append(Phase("gqa", out=f"cr{s.cr:g}", grouped=int(s.cr), taught=taught, **plain))
+    else:
+        rises = VARIANTS[s.variant].annealed
+        phases += [
+            Phase("free", start, "freed", s.free_steps, free_at, 0, s.lr, fade=True, taught=taught),
+            Phase("retrofit", "freed", None, s.retrofit_steps, retrofit_at, 0, s.lr,
+                  cr=(1.0 if rises else s.cr, s.cr), taught=taught,
+                  keep={step: f"retrofit-{cr:g}" for cr, step in reach.items()})]
+        phases += [solidified(s, cr, retrofit_at, reach[cr], control) for cr in s.solidified()]
+    return [*phases, Phase("control", out="control", **plain)] if control else phases
+
+
+def solidified(s, cr, retrofit_at, step, control):
+    """The phase in which the model that the retrofit kept after `step` steps is solidified.
+
+    With a control all models end after as many steps, so that they are comparable.
+    """
+    steps = s.solidify_steps + (s.retrofit_steps - step if control else 0)
+    return Phase("solidify", f"retrofit-{cr:g}", f"cr{cr:g}", steps, retrofit_at + step, steps,
+                 s.lr, cr=(cr, cr), taught=s.distill > 0)
 
 
 # ------------------------------------------------------------------------------------- the flags

@@ -137,23 +137,26 @@ def compression_term(variant, alpha, cr, weight, exact):
 
 # ----------------------------------------------------------------------------------------- GQA
 
-@torch.no_grad()
-def group_heads(model, n_kv_head, ops=dmc):
-    """The same Llama with fewer key-value heads: adjacent ones are averaged into one.
+def check_groups(config, size):
+    """Raises InputError where key-value heads cannot be averaged in groups of `size`."""
+    if config.n_kv_head % size:
+        raise InputError(f"{config.n_kv_head} key-value heads cannot be averaged {size} by {size}; "
+                         "choose a --cr that divides them.")
 
-    Query head h uses key-value head h // (H / n_kv_head). Raises InputError where that many cannot
-    be made.
+
+@torch.no_grad()
+def group_heads(model, size, ops=dmc):
+    """The same Llama with fewer key-value heads: `size` adjacent ones are averaged into one.
+
+    Raises InputError as check_groups.
     """
     config = model.config
-    if n_kv_head < 1 or config.n_kv_head % n_kv_head:
-        raise InputError(f"{config.n_kv_head} key-value heads cannot be averaged into {n_kv_head}; "
-                         "choose a --cr that divides them.")
-    grouped = dmc.Transformer(replace(config, n_kv_head=n_kv_head), ops).to(
-        model.lm_head.weight)
+    check_groups(config, size)
+    grouped = dmc.Transformer(replace(config, n_kv_head=config.n_kv_head // size), ops)
     weights = dict(model.state_dict())
     for name, w in weights.items():
         if name.endswith(("k_proj.weight", "v_proj.weight")):
-            heads = dmc.wide(w).view(n_kv_head, -1, config.head_dim, config.dim)
+            heads = dmc.wide(w).view(-1, size, config.head_dim, config.dim)
             weights[name] = heads.mean(1).flatten(0, 1).to(w.dtype)
-    grouped.load_state_dict(weights)
+    grouped.to(model.lm_head.weight).load_state_dict(weights)
     return grouped

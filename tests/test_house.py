@@ -14,8 +14,8 @@ ORDER = [["dmc"],
          *([name] for name in (
              "interrupts", "files", "locks", "terminal", "cli", "variants", "config", "checkpoint",
              "parallel", "added_tokens", "splits", "tokenizer", "documents", "text", "settings",
-             "tables", "optim", "evaluate", "baselines", "sampling", "plots", "stopping", "runs",
-             "pool", "engine", "results", "prompts", "merges", "analyses", "peers", "cases",
+             "tables", "optim", "losses", "evaluate", "baselines", "sampling", "plots", "stopping",
+             "runs", "pool", "engine", "results", "prompts", "merges", "analyses", "peers", "cases",
              "bench")),
          ["train", "generate"]]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -1,5 +1,9 @@
 """Properties of nanodmc/variants.py: each variant against what the paper says of it, literally."""
 
+import json
+import os
+import signal
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,8 +11,22 @@ from hypothesis import strategies as st
 
 import dmc
 import dmc_fast
+import generate
+import train
+from conftest import TINY, before_step, curve, refusal, summary
+from nanodmc import checkpoint
+from nanodmc.config import config_from_json, config_to_json
 from nanodmc.files import InputError
-from nanodmc.variants import VARIANTS, VariantConfig, compression_term, group_heads, ops_of
+from nanodmc.parallel import part_of
+from nanodmc.settings import Settings, plan
+from nanodmc.variants import (
+    VARIANTS,
+    VariantConfig,
+    compression_term,
+    group_heads,
+    of_model,
+    ops_of,
+)
 from test_dmc import (
     assert_close,
     both,
@@ -22,6 +40,7 @@ from test_dmc import (
     windows,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 DECIDING = [name for name in VARIANTS if name != "gqa"]
 
 
@@ -143,7 +162,7 @@ def test_grouped_heads_are_the_mean_of_adjacent_ones(ops, seed, sizes, T):
     (heads, fewer) = sizes
     model = model_of(seed, heads, ops=ops, dmc=False)
     tokens = torch.randint(0, 29, (2, T))
-    grouped = group_heads(model, fewer, ops)
+    grouped = group_heads(model, heads[1] // fewer, ops)
     assert grouped.config.n_kv_head == fewer
     D, size = model.config.head_dim, heads[1] // fewer
     with torch.no_grad():
@@ -159,13 +178,110 @@ def test_grouped_heads_are_the_mean_of_adjacent_ones(ops, seed, sizes, T):
     assert_close(through_cache(grouped, tokens, 3)[0], model(tokens)[0])
 
 
-@pytest.mark.parametrize("fewer", [0, 3, 8])
-def test_heads_that_do_not_divide_are_refused(fewer):
-    with pytest.raises(InputError, match=f"4 key-value heads cannot be averaged into {fewer}"):
-        group_heads(model_of(0, dmc=False), fewer)
+@pytest.mark.parametrize("size", [3, 8])
+def test_heads_that_do_not_divide_are_refused(size):
+    with pytest.raises(InputError, match=f"4 key-value heads cannot be averaged {size} by {size}"):
+        group_heads(model_of(0, dmc=False), size)
 
 
 def test_a_plain_dmc_model_needs_no_other_functions():
     assert ops_of(config_of(), dmc_fast) is dmc_fast
     config = VariantConfig(**vars(config_of()), variant="dmc-c")
     assert ops_of(config, dmc) is dmc
+
+
+# ------------------------------------------------------------------------------ through train.py
+
+def arguments(name, text):
+    """A tiny run of a variant, at CR 2."""
+    return ["--data", text, *TINY, "--heads", "4", "--kv-heads", "4", "--dim", "16",
+            "--pretrain-steps", "2", "--cr", "2", "--keep", "2", "--variant", name,
+            "--distill", "0.25"]
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "dmc"])
+def test_each_trains_saves_loads_and_generates(name, tmp_path, text, capsys):
+    assert train.main(["--out", str(tmp_path / "run"), *arguments(name, text)]) == 0
+    said = capsys.readouterr().out
+    assert f"{VARIANTS[name].title} 2x" in said
+    model = checkpoint.load(tmp_path / "run/cr2", dmc_fast, dtype=torch.float64)
+    config = model.config
+    if name == "gqa":
+        assert type(config) is dmc.Config and not config.dmc and config.n_kv_head == 2
+        assert json.loads((tmp_path / "run/cr2/figures.json").read_text())["cr"] == 2.0
+    else:
+        assert config.variant == name and config.every == (2 if name == "fmp" else None)
+        assert of_model(config) is VARIANTS[name]
+    tokens = torch.randint(0, 257, (2, 16))
+    with torch.no_grad():
+        logits, _ = model(tokens)
+        cached, _ = through_cache(model, tokens, 5)
+    assert_close(cached, logits)
+    assert (model.layers[0].self_attn.decide is VARIANTS[name].decide) or name == "gqa"
+    entries = curve(tmp_path / "run")
+    taught = {e["phase"] for e in entries if "kl" in e}
+    assert taught == {e["phase"] for e in entries} - {"pretrain", "control"}
+    checkpoint.save(model, tmp_path / "again")
+    assert checkpoint.load(tmp_path / "again").config == config
+    command = ["--ckpt", str(tmp_path / "run"), "--prompt", "1 times", "--tokens", "4"]
+    assert generate.main(command) == 0
+
+
+@pytest.mark.parametrize("name", ["dmc-c", "fmp", "gqa"])
+def test_a_run_cut_in_two_ends_as_one_that_was_not(name, tmp_path, text):
+    def cut(model):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    assert train.main(["--out", str(tmp_path / "whole"), *arguments(name, text)]) == 0
+    with before_step(6, cut):
+        assert train.main(["--out", str(tmp_path / "cut"), *arguments(name, text)]) == 130
+    assert train.main(["--out", str(tmp_path / "cut"), "--resume"]) == 0
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    assert summary(tmp_path / "cut") == summary(tmp_path / "whole")
+
+
+def test_the_immediate_target_holds_from_the_first_step():
+    first, *_ = [p for p in plan(Settings(variant="immediate")) if p.name == "retrofit"]
+    assert [first.target(step) for step in (0, 7, first.steps - 1)] == [4.0] * 3
+    assert Settings(variant="immediate").kept() == [4.0]
+
+
+def test_grouped_models_train_as_long_as_the_others():
+    s = Settings(variant="gqa", cr=2.0)
+    phases = {p.name: p for p in plan(s)}
+    assert list(phases) == ["pretrain", "gqa", "control"]
+    assert (phases["gqa"].steps, phases["gqa"].position, phases["gqa"].decay) == (
+        phases["control"].steps, phases["control"].position, phases["control"].decay)
+
+
+IMPOSSIBLE = {
+    "no such variant": (["--variant", "h2o"], "--variant"),
+    "half a token": (["--variant", "fmp", "--cr", "2.5"], "a whole number"),
+    "all heads": (["--variant", "gqa", "--cr", "1"], "a whole number"),
+    "several at once": (["--variant", "immediate", "--keep", "2,3"], "keeps one model"),
+    "no such share of heads": (["--variant", "gqa", "--cr", "3"], "4 key-value heads cannot"),
+    "more than all": (["--distill", "1.5"], "a share is at most 1"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_what_a_variant_cannot_do_is_refused(case, tmp_path, text, capsys):
+    flags, says = IMPOSSIBLE[case]
+    assert says in refusal(train.main, ["--out", str(tmp_path / "run"), "--data", text, *flags],
+                           capsys, tmp_path)
+
+
+def test_heads_that_decide_together_are_not_split():
+    config = VariantConfig(**vars(config_of()), variant="dmc-hardc")
+    assert part_of(config, 1) == config
+    with pytest.raises(InputError, match="without torchrun"):
+        part_of(config, 2)
+
+
+@pytest.mark.parametrize("section", [{"variant": "h2o"}, {"variant": 3}, {"variant": ["fmp"]},
+                                     {"variant": "fmp"}, {"variant": "fmp", "every": 1}])
+def test_a_checkpoint_of_an_unknown_variant_is_refused(section):
+    facts = config_to_json(config_of())
+    facts["dmc"] |= section
+    with pytest.raises(InputError, match="no variant|impossible"):
+        config_from_json(facts)
