@@ -67,9 +67,10 @@ from nanodmc.parallel import (
     share_out,
     this_rank,
 )
+from nanodmc.phases import Phase
 from nanodmc.plots import plot_runs
 from nanodmc.runs import open_run
-from nanodmc.settings import PRESETS, Phase, add_flags, new_settings, ratios
+from nanodmc.settings import PRESETS, add_flags, new_settings, ratios
 from nanodmc.stopping import Stopped, heeded
 from nanodmc.tables import averaged, show
 from nanodmc.text import batch

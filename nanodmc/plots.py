@@ -6,7 +6,8 @@ import numpy as np
 
 from nanodmc.cli import installing
 from nanodmc.files import InputError, read_json, read_lines, write_json
-from nanodmc.settings import Settings, plan
+from nanodmc.phases import plan
+from nanodmc.settings import Settings
 from nanodmc.tables import averaged
 
 

@@ -34,7 +34,8 @@ from nanodmc.optim import (
     states,
 )
 from nanodmc.parallel import device_of_this_process, gathered, over_ranks, rank_count, this_rank
-from nanodmc.settings import new_settings, plan, resumed_settings
+from nanodmc.phases import plan
+from nanodmc.settings import new_settings, resumed_settings
 from nanodmc.stopping import Stopped
 from nanodmc.tables import LOG_HEAD, Pace, heat_map, log_line, show, table
 from nanodmc.text import load_data

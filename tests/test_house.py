@@ -13,10 +13,10 @@ ORDER = [["dmc"],
          ["launch", "flash_attention", "banded_average", "padded_cache"], ["dmc_fast"],
          *([name] for name in (
              "interrupts", "files", "locks", "terminal", "cli", "variants", "config", "checkpoint",
-             "parallel", "added_tokens", "splits", "tokenizer", "documents", "text", "settings",
-             "tables", "optim", "losses", "evaluate", "baselines", "sampling", "plots", "stopping",
-             "runs", "pool", "engine", "results", "prompts", "merges", "analyses", "peers", "cases",
-             "bench")),
+             "parallel", "added_tokens", "splits", "tokenizer", "documents", "text", "phases",
+             "settings", "tables", "optim", "losses", "evaluate", "baselines", "sampling", "plots",
+             "stopping", "runs", "pool", "engine", "results", "prompts", "merges", "analyses",
+             "peers", "cases", "bench")),
          ["train", "generate"]]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 MODULES = {**{path.stem: path for path in HERE.glob("nanodmc/*.py") if path.stem != "__init__"},

@@ -26,7 +26,8 @@ from dmc import Config, Transformer
 from nanodmc import cli, files, flash_attention, optim
 from nanodmc.config import SHAPES
 from nanodmc.files import InputError
-from nanodmc.settings import PRESETS, Phase, Settings, plan
+from nanodmc.phases import Phase, plan
+from nanodmc.settings import PRESETS, Settings
 from nanodmc.tables import show
 from nanodmc.text import batch, standard_library
 from test_dmc import assert_close, config_of, groups, model_of, seeds

@@ -35,7 +35,8 @@ from dmc import Transformer
 from nanodmc import optim
 from nanodmc.checkpoint import load
 from nanodmc.parallel import control_rows
-from nanodmc.settings import Settings, new_settings, plan
+from nanodmc.phases import plan
+from nanodmc.settings import Settings, new_settings
 from nanodmc.tables import heat_map, table
 from nanodmc.text import batch, load_data
 

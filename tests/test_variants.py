@@ -18,7 +18,8 @@ from nanodmc import checkpoint
 from nanodmc.config import config_from_json, config_to_json
 from nanodmc.files import InputError
 from nanodmc.parallel import part_of
-from nanodmc.settings import Settings, plan
+from nanodmc.phases import plan
+from nanodmc.settings import Settings
 from nanodmc.variants import (
     VARIANTS,
     VariantConfig,
