@@ -333,7 +333,8 @@ class Attention(nn.Module):
     def __init__(self, config, layer, ops):
         super().__init__()
         self.config, self.layer = config, layer
-        self.decide, self.accumulate, self.attend = ops.decide, ops.accumulate, ops.attend
+        self.accumulate, self.attend = ops.accumulate, ops.attend
+        self.decide = getattr(ops, "decide", decide)
         D = config.head_dim
         self.q_proj = nn.Linear(config.dim, config.n_head * D, bias=False)
         self.k_proj = nn.Linear(config.dim, config.n_kv_head * D, bias=False)
@@ -389,7 +390,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A Llama with DMC. ops: what supplies decide, accumulate, attend and Cache: this module."""
+    """A Llama with DMC. ops: the module that supplies accumulate, attend and Cache: this one."""
 
     def __init__(self, config, ops=sys.modules[__name__]):
         super().__init__()

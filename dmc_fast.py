@@ -22,8 +22,6 @@ from nanodmc.flash_attention import attend
 from nanodmc.launch import jit, power_of_2, tl, triton, uses_kernels
 from nanodmc.padded_cache import CacheBytes, FastCache, PaddedCache, attend_used
 
-decide = dmc.decide
-
 # ---------------------------------------------------------------------------------- accumulate
 
 @jit
