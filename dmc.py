@@ -100,6 +100,15 @@ def importance(logit, n_kv_head):
     return torch.sigmoid(grouped.mean(dim=2).clamp(min=-30.0))
 
 
+def decide(q, k, config, noise=False, position=0):
+    """What becomes of T tokens, the first of which is at `position` of its sequence.
+
+    q (B, H, T, D), k (B, G, T, D), not yet rotated. Returns alpha, keep and omega, (B, G, T) each.
+    """
+    alpha, keep = relaxed_decision(k[..., 0], config, noise, start=position == 0)
+    return alpha, keep, importance(q[..., 0], config.n_kv_head)
+
+
 def before(x, n):
     """x_{t-n} in the place of x_t along dimension 2, and 0 before the start of the sequence."""
     return torch.cat([torch.zeros_like(x[:, :, :n]), x[:, :, :x.size(2) - n]], dim=2)
@@ -325,6 +334,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         self.accumulate, self.attend = ops.accumulate, ops.attend
+        self.decide = getattr(ops, "decide", decide)
         D = config.head_dim
         self.q_proj = nn.Linear(config.dim, config.n_head * D, bias=False)
         self.k_proj = nn.Linear(config.dim, config.n_kv_head * D, bias=False)
@@ -337,9 +347,8 @@ class Attention(nn.Module):
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         alpha = keep = omega = None
         if gain is None:
-            start = cache is None or cache.seen[self.layer] == 0
-            alpha, keep = relaxed_decision(k[..., 0], self.config, noise, start)
-            omega = importance(q[..., 0], self.config.n_kv_head)
+            position = 0 if cache is None else cache.seen[self.layer]
+            alpha, keep, omega = self.decide(q, k, self.config, noise, position)
             gain = 0.0
         if cache is not None:
             y = cache.attend(self.layer, q, k, v, alpha, omega)

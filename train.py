@@ -31,12 +31,12 @@ import time
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 import dmc
 from nanodmc.baselines import pooling_cache
@@ -45,6 +45,7 @@ from nanodmc.cli import OPS, Parser, provenance, run_command
 from nanodmc.config import shape
 from nanodmc.evaluate import evaluate
 from nanodmc.files import InputError, write_json
+from nanodmc.losses import language_loss, taught_losses
 from nanodmc.optim import (
     before_training,
     checked_memory,
@@ -66,12 +67,14 @@ from nanodmc.parallel import (
     share_out,
     this_rank,
 )
+from nanodmc.phases import Phase
 from nanodmc.plots import plot_runs
 from nanodmc.runs import open_run
-from nanodmc.settings import PRESETS, Phase, add_flags, new_settings, ratios
+from nanodmc.settings import PRESETS, add_flags, new_settings, ratios
 from nanodmc.stopping import Stopped, heeded
 from nanodmc.tables import averaged, show
 from nanodmc.text import batch
+from nanodmc.variants import VARIANTS, compression_term, group_heads
 
 interrupts.catch()
 
@@ -90,6 +93,7 @@ def train_phase(run, index):
     """One phase: from its start's weights, or from a state that was saved in the middle of it."""
     phase, s, step = run.phases[index], run.settings, run.saved["step"]
     model = build(run, phase)
+    teacher = teacher_of(run) if phase.taught else None
     optimizer = new_optimizer(model, s, passes_per_step(s))
     if run.saved["tensors"]:
         run.load_state(model, optimizer)
@@ -98,7 +102,8 @@ def train_phase(run, index):
     while step < phase.steps:
         began = time.perf_counter()
         try:
-            loss, cr, heads = train_step(model, optimizer, phase, step, passes(run, index, step), s)
+            parts = passes(run, index, step)
+            figures = train_step(model, optimizer, phase, step, parts, s, teacher)
         except Stopped:
             run.save_state(index, step, model, optimizer)
             raise
@@ -108,15 +113,15 @@ def train_phase(run, index):
                 f"data; the last good state, before step {run.saved['step']} of "
                 f"{run.phases[run.saved['phase']].name}, is kept: --resume with a lower --lr or "
                 "--clip.") from None
-        run.record(index, step, loss, cr, heads, time.perf_counter() - began)
+        run.record(index, step, figures, time.perf_counter() - began)
         step += 1
         if step in phase.keep:
             run.save_model(model, phase.keep[step], phase=phase.name,
-                           target_cr=phase.target(step - 1), cr=cr)
+                           target_cr=phase.target(step - 1), cr=figures.cr)
         if step < phase.steps and step % s.save_every == 0:
             run.save_state(index, step, model, optimizer)
     optimizer.zero_grad()
-    del optimizer                       # whose memory the evaluation may need
+    del optimizer, teacher              # whose memory the evaluation may need
     end_phase(run, phase, model)
     run.save_state(index + 1, 0)
     run.stop_if_asked()
@@ -130,10 +135,13 @@ def end_phase(run, phase, model):
     if phase.out is None:
         return
     loss, cr, heads = evaluate(model, run.val_tokens, run.settings)
+    if phase.grouped > 1:               # beside the model that had all heads
+        cr, heads = cr * phase.grouped, [[x * phase.grouped for x in row] for row in heads]
     if phase.weights == phase.out:
         facts = {"phase": phase.name, "target_cr": phase.cr and phase.cr[1], "cr": cr}
         run.save_model(model, phase.out, **(facts if phase.dmc else {}))
-    run.save_figures(phase.out, loss, cr, heads, phase.cr and phase.cr[1])
+    target = float(phase.grouped) if phase.grouped > 1 else phase.cr and phase.cr[1]
+    run.save_figures(phase.out, loss, cr, heads, target)
 
 
 def compare(run):
@@ -145,7 +153,8 @@ def compare(run):
     s = run.settings
     baseline = run.phases[-1 if run.phases[-1].name == "control" else 0]
     plain = build(run, replace(baseline, start=baseline.weights))
-    summary = {"unit": run.unit, "pretrained": run.figures("pretrained")["loss"], "dmc": []}
+    summary = {"unit": run.unit, "variant": VARIANTS[s.variant].title,
+               "pretrained": run.figures("pretrained")["loss"], "dmc": []}
     if baseline.name == "control":
         summary["control"] = run.figures("control")["loss"]
     for target in s.solidified():
@@ -159,27 +168,42 @@ def compare(run):
 
 # -------------------------------------------------------------------------------------- one step
 
-def train_step(model, optimizer, phase, step, passes, s):
+class StepFigures(NamedTuple):
+    """What a training step measured, before its update."""
+    loss: float          # LM loss, nats per token
+    kl: float | None     # from the teacher, nats per token
+    cr: float | None     # of the noisy decisions, where there are any
+    heads: list | None   # the same of each layer and head
+
+
+def train_step(model, optimizer, phase, step, passes, s, teacher=None):
     """One update, from the gradients of `passes`, with equally many sequences in each.
 
-    passes: for each, how many there are, inputs and targets (B, T). Returns the LM loss in nats per
-    token, and the CR of the noisy decisions, in all and for each layer and head, or None. Raises
-    FloatingPointError, before anything is changed, where loss or gradient are not finite.
+    passes: for each, how many there are, inputs and targets (B, T). teacher: the model whose logits
+    have the share s.distill of the objective. Returns StepFigures. Raises FloatingPointError,
+    before anything is changed, where loss or gradient are not finite.
     """
     for group in optimizer.param_groups:
         group["lr"] = phase.learning_rate(step, s.warmup)
     gain = dmc.channel_gain(step, phase.steps) if phase.fade else None
     optimizer.zero_grad()
-    losses, slots, head_slots = [], [], []
+    losses, kls, slots, head_slots = [], [], [], []
     for count, inputs, targets in passes:
         hidden, alpha = model.hidden(inputs, noise=True, gain=gain)
-        if s.lean:
-            loss = language_loss(model.lm_head, targets, hidden)
+        if teacher is not None:
+            with torch.no_grad():
+                expected, _ = teacher.hidden(inputs)
+            lm, kl = taught_losses(model.lm_head, targets, hidden, teacher.lm_head, expected)
+            loss = (1 - s.distill) * lm + s.distill * kl
+            kls.append(kl.detach())
+        elif s.lean:
+            loss = lm = language_loss(model.lm_head, targets, hidden)
         else:
-            loss = F.cross_entropy(model.lm_head(hidden).flatten(0, 1), targets.flatten())
-        losses.append(loss.detach())
+            loss = lm = F.cross_entropy(model.lm_head(hidden).flatten(0, 1), targets.flatten())
+        losses.append(lm.detach())
         if alpha is not None:
-            loss = loss + s.cr_weight * compression_term(alpha, phase, step)
+            loss = loss + compression_term(VARIANTS[s.variant], alpha, phase.target(step),
+                                           s.cr_weight, exact=phase.name == "solidify")
             slots.append((1 - alpha.detach()).mean())
             head_slots.append((1 - alpha.detach()).mean((1, 3)))
         (loss / count).backward()
@@ -188,49 +212,24 @@ def train_step(model, optimizer, phase, step, passes, s):
     else:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    loss = mean(losses).item()
+    loss, kl = mean(losses).item(), mean(kls).item() if kls else None
     if not math.isfinite(loss + norm.item()):
         raise FloatingPointError(f"the loss is {loss:.4g} and its gradient's norm "
                                  f"{norm.item():.4g}")
     if not slots:
         optimizer.step()
-        return loss, None, None
+        return StepFigures(loss, kl, None, None)
     rows = control_rows(model)
     before = [row.clone() for row in rows]
     optimizer.step()
     for row, old in zip(rows, before, strict=True):      # these rows take larger steps
         row.copy_(torch.lerp(old, row, s.channel_lr_factor))
-    return loss, 1 / mean(slots).item(), (1 / mean(head_slots)).tolist()
+    return StepFigures(loss, kl, 1 / mean(slots).item(), (1 / mean(head_slots)).tolist())
 
 
 def mean(figures):
     """The mean over the passes of a step, on all ranks."""
     return over_ranks(torch.stack(figures).mean(0)) / rank_count()
-
-
-def language_loss(head, targets, hidden, chunk=2048):
-    """Mean cross-entropy of the next tokens. hidden (B, T, dim), targets (B, T); head: lm_head.
-
-    The logits of `chunk` tokens are made at a time, and made again for the gradient, so that all of
-    them never exist at once.
-    """
-    hidden, targets = hidden.flatten(0, 1), targets.flatten()
-    part = lambda h, y: F.cross_entropy(head(h).float(), y, reduction="sum")
-    sums = [checkpoint(part, h, y, use_reentrant=False, preserve_rng_state=False)
-            for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True)]
-    return torch.stack(sums).sum() / len(targets)
-
-
-def compression_term(alpha, phase, step):
-    """Eq. 10 against the target CR; in solidify, beyond the paper, from both sides.
-
-    A short retrofit overshoots by several percent, and the LM loss alone is slow to bring the CR
-    back. There the batch as a whole is held to the target.
-    """
-    cr = phase.target(step)
-    if phase.name == "solidify":
-        return ((1 - alpha).mean() - 1 / cr).abs()
-    return dmc.compression_loss(alpha, cr)
 
 
 # ----------------------------------------------------------------------------- model and batches
@@ -241,11 +240,18 @@ def build(run, phase):
     if phase.start is not None:
         own = (run.device, s.dtype) if run.ranks == 1 else (None, None)   # else layer by layer
         model = load(run.out / phase.start, ops, *own, **s.method(phase.dmc))
+        if phase.grouped > 1:
+            model = group_heads(model, phase.grouped, ops)
     else:
         torch.manual_seed(s.seed)
         model = (random_model(shape(s.init), ops, dtype=s.dtype) if s.init
                  else dmc.Transformer(s.small_config(), ops).to(s.dtype))
     return ready(model, s, run.device)
+
+
+def teacher_of(run):
+    """The model before its retrofit, whose logits are what a taught phase aims at."""
+    return build(run, replace(run.phases[0], start=run.phases[1].start))
 
 
 def ready(model, s, device):

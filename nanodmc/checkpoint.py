@@ -22,6 +22,7 @@ from nanodmc.files import (
     write_atomically,
     write_json,
 )
+from nanodmc.variants import ops_of
 from nanodmc.weights import plainly, read_weights, verify, weight_files, write_safetensors
 
 # ----------------------------------------------------------------------------------------- files
@@ -119,7 +120,7 @@ def load(path, ops=dmc, device=None, dtype=None, verified=False, **changes):
                          "layers; fetch the rest of it.")
     try:
         with torch.device("meta"):
-            model = dmc.Transformer(config, ops)
+            model = dmc.Transformer(config, ops_of(config, ops))
     except RuntimeError:
         raise InputError(
             f"{config_file} has sizes beyond those of any tensor; restore it.") from None

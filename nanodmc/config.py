@@ -6,6 +6,7 @@ from pathlib import Path
 
 import dmc
 from nanodmc.files import InputError, read_json
+from nanodmc.variants import VARIANTS, VariantConfig
 
 MODEL_TYPE = "dmc_llama"        # not "llama", so that software without DMC refuses the weights
 IN_CONFIG_JSON = {
@@ -45,7 +46,8 @@ TOY = dict(vocab_size=512, n_layer=2, n_head=4, n_kv_head=4, dim=128, ffn_dim=38
 def checked_config(**values):
     """The Config with these values. Raises InputError where one is impossible, or two disagree."""
     head_dim = values.get("head_dim")             # with a number here, Config computes nothing
-    config = dmc.Config(**{**values, "head_dim": 0 if head_dim is None else head_dim})
+    kind = VariantConfig if "variant" in values else dmc.Config
+    config = kind(**{**values, "head_dim": 0 if head_dim is None else head_dim})
     for name in WHOLE:
         if not is_whole(n := getattr(config, name), MOST[name]):
             raise InputError(
@@ -77,6 +79,7 @@ def checked_config(**values):
     if not config.tau > 0:
         raise InputError(f"tau is {config.tau}; a temperature is above 0.")
     check_rope(config)
+    check_variant(config)
     return config
 
 
@@ -116,6 +119,17 @@ def check_rope(config):
                              f"give a number above 0, and at most {LARGEST:g}.")
 
 
+def check_variant(config):
+    """Raises InputError for a variant that nobody knows, or that lacks a number."""
+    variant = getattr(config, "variant", "dmc")
+    if not isinstance(variant, str) or variant not in VARIANTS:
+        raise InputError(f"there is no variant {named(variant)}; {', '.join(VARIANTS)} are known "
+                         "here.")
+    if variant == "fmp" and not (is_whole(n := config.every, MOST["window"]) and n > 1):
+        raise InputError(f"fixed pooling every {shown(n)} tokens is impossible; give a whole "
+                         "number of at least 2.")
+
+
 def shape(name, **changes):
     """The Config of "llama2-7b", ... or "toy", plain unless changed. Raises InputError."""
     shapes = {**SHAPES, "toy": TOY}
@@ -133,6 +147,8 @@ def config_to_json(config, **facts):
     if config.dmc:
         kind = {"architectures": ["DMCLlamaForCausalLM"], "model_type": MODEL_TYPE}
         method = {"method": "dmc", "window": config.window, "tau": config.tau, "c": config.c}
+        if isinstance(config, VariantConfig):
+            method |= {"variant": config.variant, "every": config.every}
         facts = {"dmc": {**method, **facts}}
     return {**kind, "hidden_act": "silu", **values, **facts}
 
@@ -180,6 +196,8 @@ def config_from_json(facts, source="config.json"):
         if section:
             values |= {"window": as_whole(section["window"]), "tau": as_number(section["tau"]),
                        "c": as_number(section["c"])}
+            if (variant := section.get("variant")) is not None:
+                values |= {"variant": variant, "every": as_whole(section.get("every"))}
         try:
             return checked_config(dmc=bool(section), **values)
         except InputError as error:

@@ -203,6 +203,7 @@ def memory_plan(config, s, ranks=1):
     with torch.device("meta"):
         model = Transformer(config)
     size = lambda module: sum(p.numel() for p in module.parameters())
+    taught = s.distill > 0
     n, layer, width = size(model), size(model.layers[0]), s.dtype.itemsize
     ends = n - config.n_layer * layer                    # embedding, output matrix, last norm
     sequences = s.micro_batch or s.batch // ranks
@@ -214,11 +215,13 @@ def memory_plan(config, s, ranks=1):
     if not s.lean:
         work += 4 * sequences * config.n_head * s.context ** 2 * width
         work *= config.n_layer
-    logits = (min(tokens, 2048) if s.lean else tokens) * config.vocab_size * 14
+    chunked = s.lean or taught       # logits of 2,048 tokens at a time; a teacher has its own
+    logits = (min(tokens, 2048) if chunked else tokens) * config.vocab_size * (14 + 8 * taught)
     gathered = 2 * (2 * layer + ends) * width if ranks > 1 else 0
     return {"weights": n * width // ranks,
             "gradients": n * (4 if summed else width) // ranks,
             "moments": 2 * n * width // ranks,
+            "teacher": n * width // ranks * taught,
             "kept activations": kept,
             "work": max(work + layer * width * summed, logits) + gathered,
             # CUDA itself, and what falls between the blocks

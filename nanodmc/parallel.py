@@ -16,6 +16,7 @@ import dmc
 from nanodmc.checkpoint import load, random_model
 from nanodmc.config import shape
 from nanodmc.files import InputError
+from nanodmc.variants import decide_together, of_model
 
 
 def this_rank():
@@ -52,6 +53,9 @@ def part_of(config, ranks):
         if n % ranks:
             raise InputError(f"{ranks} ranks cannot share {n} {what} evenly; "
                              f"choose a --nproc_per_node that divides {n}.")
+    if of_model(config).decide is decide_together and ranks > 1:
+        raise InputError("the heads of a dmc-hardc model decide together, and several ranks split "
+                         "them; run it without torchrun.")
     return replace(config, n_head=config.n_head // ranks, n_kv_head=config.n_kv_head // ranks,
                    ffn_dim=config.ffn_dim // ranks)
 

@@ -5,8 +5,9 @@ import json
 import numpy as np
 
 from nanodmc.cli import installing
-from nanodmc.files import InputError, read_json, read_lines
-from nanodmc.settings import Settings, plan
+from nanodmc.files import InputError, read_json, read_lines, write_json
+from nanodmc.phases import plan
+from nanodmc.settings import Settings
 from nanodmc.tables import averaged
 
 
@@ -24,7 +25,8 @@ def new_figure(width, height):
 def plot_runs(folders):
     """Draw runs side by side, as plot.png in the first one's folder; see `plot_run`.
 
-    Of each finished run also its loss against its memory, as memory.png in its folder. Raises
+    Of each finished run also its loss against its memory, as memory.png in its folder, and of two
+    or more that have a control, their losses against their CRs: see `plot_ratios`. Raises
     InputError without matplotlib, or where a run has no step with decisions yet.
     """
     figure = new_figure(6.4 * len(folders), 15)
@@ -37,10 +39,16 @@ def plot_runs(folders):
         plot_run(figure, axes, folder)
     figure.savefig(folders[0] / "plot.png", dpi=110)
     print(f"{folders[0] / 'plot.png'} shows {len(folders)} run{'s' * (len(folders) > 1)}.")
-    for folder in folders:
-        if (folder / "summary.json").exists():
-            plot_memory(read_json(folder / "summary.json"), folder / "memory.png")
-            print(f"{folder / 'memory.png'} shows its loss against its memory.")
+    finished = {folder: read_json(folder / "summary.json") for folder in folders
+                if (folder / "summary.json").exists()}
+    controlled = {folder: summary for folder, summary in finished.items() if "control" in summary}
+    for folder, summary in finished.items():
+        plot_memory(summary, folder / "memory.png")
+        print(f"{folder / 'memory.png'} shows its loss against its memory.")
+    if len(controlled) > 1:
+        plot_ratios(controlled, folders[0] / "ratios")
+        print(f"{folders[0] / 'ratios.png'} shows their losses against their CRs, and ratios.json "
+              "has the figures.")
 
 
 def plot_run(figure, axes, folder):
@@ -48,11 +56,15 @@ def plot_run(figure, axes, folder):
     path = folder / "metrics.jsonl"
     entries = [json.loads(line) for line in read_lines(path) if line.endswith("}")]
     decided = [e for e in entries if "heads" in e]
-    if not decided:
+    settings = Settings(**read_json(folder / "run.json")["settings"])
+    if not decided and settings.variant != "gqa":
         raise InputError(f"{path} has no step with decisions yet; let the run get to its retrofit.")
-    phases = plan(Settings(**read_json(folder / "run.json")["settings"]))
-    plot_curves(axes[0], axes[1], entries, [phase.position for phase in phases])
+    plot_curves(axes[0], axes[1], entries, [phase.position for phase in plan(settings)])
     axes[0].set_title(str(folder))
+    if not decided:
+        axes[2].set_axis_off()
+        axes[3].set_axis_off()
+        return
     plot_layers(figure, axes[2], [e for e in decided if e["phase"] == "retrofit"] or decided)
     plot_heads(figure, axes[3], decided[-1])
 
@@ -78,7 +90,8 @@ def plot_curves(losses, ratios, entries, starts):
     losses.set(ylabel="LM loss, running mean")
     ratios.set(xlabel="step", ylabel="CR; dashed: target")
     for axis in (losses, ratios):
-        axis.legend(fontsize=8)
+        if axis.lines:
+            axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
 
 
@@ -152,6 +165,55 @@ def draw_policy(axes, name, style, below, points):
         axes.annotate(f"{cr}x" if isinstance(cr, int) else f"{cr:.1f}x", (share, loss), (0, below),
                       **text)
     axes.annotate(f"{loss:+.2f}", (share, loss), (-20, -3), **text)
+
+
+def plot_ratios(summaries, path):
+    """Figures 13 to 15: loss above the control's against CR, as path.png and path.json.
+
+    summaries: summary.json of each run, which is a line, by its folder.
+    """
+    lines = {}
+    for folder, summary in summaries.items():
+        steps = summary["settings"]["retrofit_steps"]
+        name = f"{folder}: {summary.get('variant', 'DMC')}, {steps:,} steps of retrofit"
+        lines[name] = sorted((e["cr"], e["loss"] - summary["control"]) for e in summary["dmc"])
+    write_json(f"{path}.json", {"cr, loss above the control's": lines})
+    figure = new_figure(6.4, 4)
+    axes = figure.subplots()
+    for name, points in lines.items():
+        axes.plot(*zip((1.0, 0.0), *points, strict=True), marker="o", markersize=4, label=name)
+    axes.set(xlabel="compression ratio", ylabel="loss above the control's, nats")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=7)
+    figure.savefig(f"{path}.png", dpi=130)
+
+
+def plot_analyses(facts, path):
+    """Figures 6, 8, 9 and 12 of what nanodmc/analyses.py finds. Returns whether it could draw."""
+    figure = new_figure(10, 7)
+    if figure is None:
+        return False
+    (heads, words), (length, position) = figure.subplots(2, 2)
+    (ratios,), (agreement,) = facts["figure 6"].values(), facts["figure 12"].values()
+    draw_ratios(figure, heads, ratios, "CR")
+    heads.set(title="compression of each layer and head", xlabel="head", ylabel="layer")
+    image = words.imshow(agreement, aspect="auto", origin="lower", cmap="RdBu", vmin=-1, vmax=1)
+    figure.colorbar(image, ax=words, label="correlation")
+    words.set(title="slots that begin where words do", xlabel="head", ylabel="layer")
+    for axis in (heads, words):
+        for locator in (axis.xaxis.get_major_locator(), axis.yaxis.get_major_locator()):
+            locator.set_params(integer=True)
+    (points,), (ranges,) = facts["figure 8"].values(), facts["figure 9"].values()
+    lengths, crs, errors = zip(*points, strict=True)
+    length.errorbar(lengths, crs, [error or 0 for error in errors], marker="o", capsize=3)
+    length.set(title="the longer, the more compressed?", xscale="log", ylabel="CR so far",
+               xlabel="tokens so far")
+    position.step([a for a, *_ in ranges], [mean for *_, mean in ranges], where="post")
+    position.set(title="merges by position", xlabel="position", ylabel="mean alpha", ylim=(0, 1))
+    for axis in (length, position):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    return True
 
 
 def plot_bench(rows, path):

@@ -34,11 +34,13 @@ from nanodmc.optim import (
     states,
 )
 from nanodmc.parallel import device_of_this_process, gathered, over_ranks, rank_count, this_rank
-from nanodmc.settings import new_settings, plan, resumed_settings
+from nanodmc.phases import plan
+from nanodmc.settings import new_settings, resumed_settings
 from nanodmc.stopping import Stopped
 from nanodmc.tables import LOG_HEAD, Pace, heat_map, log_line, show, table
 from nanodmc.text import load_data
 from nanodmc.tokenizer import Tokenizer
+from nanodmc.variants import check_groups
 
 BEGINNING = {"phase": 0, "step": 0, "seconds": 0.0, "tensors": None}   # the state of a new run
 
@@ -48,12 +50,13 @@ def starting_config(settings, given):
 
     Raises InputError where that model cannot be retrofitted.
     """
-    if not settings.init:
-        return settings.small_config()
-    config = read_config(given) if given else shape(settings.init)
+    config = (settings.small_config() if not settings.init else
+              read_config(given) if given else shape(settings.init))
     if config.dmc:
         raise InputError(f"{given} is a DMC model already; give the plain model that it was made "
                          "of.")
+    if settings.variant == "gqa":
+        check_groups(config, int(settings.cr))
     if settings.context > config.max_seq_len:
         raise InputError(f"--context {settings.context} is more than the model's "
                          f"{config.max_seq_len} positions; lower it.")
@@ -289,8 +292,12 @@ class Run:
         write_atomically(path, lambda f: f.write_text(text))
         self.metrics = path.open("a", buffering=1)  # noqa: SIM115
 
-    def record(self, index, step, loss, cr, heads, seconds):
-        """A line of metrics.jsonl for a step that took so many seconds; some also on the screen."""
+    def record(self, index, step, figures, seconds):
+        """A line of metrics.jsonl for a step that took so many seconds; some also on the screen.
+
+        figures: of the step: loss, kl, cr and heads.
+        """
+        loss, kl, cr, heads = figures
         phase, s = self.phases[index], self.settings
         self.pace.add(phase.dmc, seconds)
         speed = s.batch * s.context / self.pace.per_step(phase.dmc)
@@ -300,6 +307,8 @@ class Run:
                  "lr": phase.learning_rate(step, s.warmup), "tokens_per_second": round(speed),
                  "mfu": flops_share(speed * self.flops / self.ranks),
                  "peak_gb": round(peak_memory() / 1e9, 2)}
+        if kl is not None:
+            entry["kl"] = kl
         if heads and (step + 1 in phase.keep or step % s.log_every == 0 or last):
             entry["heads"] = [[round(cr, 3) for cr in layer] for layer in heads]
         with writing(self.out):

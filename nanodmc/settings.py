@@ -1,4 +1,4 @@
-"""The settings of a training run, their presets, and the phases that follow from them."""
+"""The settings of a training run, and their presets."""
 
 import argparse
 import math
@@ -11,6 +11,8 @@ from nanodmc.checkpoint import locate
 from nanodmc.cli import OPS
 from nanodmc.config import SHAPES, checked_config, read_config, shape
 from nanodmc.files import InputError, read_json
+from nanodmc.phases import plan
+from nanodmc.variants import VARIANTS
 
 
 def setting(group, laptop, help, paper=None, **argument):
@@ -94,6 +96,13 @@ class Settings:
         "schedule", False, "with --init too: also train the model given for as many steps without "
         "compression", action="store_true")
 
+    variant: str = setting(
+        "method", "dmc", f"dmc, or what it is compared with: {', '.join(list(VARIANTS)[1:])}; "
+        "docs/variants.md says what each is", choices=list(VARIANTS), metavar="NAME")
+    distill: float = setting(
+        "method", 0.0, "share of the objective, beside the compression loss, that is the KL "
+        "divergence to the logits of the model before the retrofit; the LM loss has the rest",
+        metavar="X")
     window: int = setting("method", 12, "w: tokens that an average covers at most; 0: the whole "
                           "segment")
     tau: float = setting("method", 0.2, "temperature of Eq. 8", 0.1)
@@ -126,7 +135,8 @@ class Settings:
 
     def __post_init__(self):
         may_be_zero = {"seed", "micro_batch", "pretrain_steps", "channel_lr_factor", "cr_weight",
-                       "window", "c", "warmup", "weight_decay", "random_weights", "control"}
+                       "window", "c", "warmup", "weight_decay", "random_weights", "control",
+                       "distill"}
         numbers = {f.name: getattr(self, f.name) for f in fields(self)
                    if isinstance(getattr(self, f.name), int | float)}
         for name, value in numbers.items():
@@ -137,6 +147,8 @@ class Settings:
                 raise InputError(f"{flag(name)} is 0; give a number above 0.")
         if self.beta2 >= 1:
             raise InputError(f"--beta2 is {self.beta2}; give a number below 1.")
+        if self.distill > 1:
+            raise InputError(f"--distill is {self.distill}; a share is at most 1.")
         self.check_ratios()
         if self.random_weights and not self.init:
             raise InputError("--random-weights needs the name of a shape; add --init llama2-7b.")
@@ -150,6 +162,12 @@ class Settings:
         spelled = lambda ratios: " ".join(f"{cr:g}" for cr in ratios)
         if self.cr < 1:
             raise InputError(f"--cr is {self.cr:g}; a compression ratio is at least 1.")
+        if self.variant in ("fmp", "gqa") and (self.cr < 2 or self.cr % 1):
+            raise InputError(f"--variant {self.variant} averages a whole number, and --cr is "
+                             f"{self.cr:g}; give 2 or more.")
+        if not VARIANTS[self.variant].annealed and self.kept() != [self.cr]:
+            raise InputError(f"--variant {self.variant} has its CR from the first step on, so it "
+                             "keeps one model; leave out --keep.")
         if not all(1 <= cr <= self.cr for cr in self.kept()):
             raise InputError(f"--keep {spelled(self.keep)} leaves the range from 1 to "
                              f"--cr {self.cr:g}.")
@@ -161,6 +179,8 @@ class Settings:
         """The CRs at which the retrofit keeps a model, in rising order."""
         if self.keep:
             return sorted(set(self.keep))
+        if not VARIANTS[self.variant].annealed:
+            return [self.cr]
         return [float(cr) for cr in range(2, math.ceil(self.cr))] + [self.cr]
 
     def solidified(self):
@@ -175,7 +195,11 @@ class Settings:
 
     def method(self, dmc):
         """The entries of a Config that the settings decide. dmc False: a plain Llama."""
-        return {"dmc": dmc, "window": self.window or None, "tau": self.tau, "c": self.c}
+        entries = {"dmc": dmc, "window": self.window or None, "tau": self.tau, "c": self.c}
+        if dmc and self.variant != "dmc":
+            entries["variant"] = self.variant
+            entries["every"] = int(self.cr) if self.variant == "fmp" else None
+        return entries
 
     @property
     def lean(self):
@@ -198,77 +222,6 @@ PRESETS = {
     "llama2-70b": {**PAPER, "lr": 1.5e-5},
     "short": {**PAPER, **BRIEF, "tau": 0.2, "c": 3.0, "cr_weight": 2.0, "channel_lr_factor": 10.0}}
 CHANGEABLE = {"lr", "clip", "save_every", "log_every", "solidify"}      # when a run is resumed
-
-
-# ------------------------------------------------------------------------------------ the phases
-
-@dataclass(frozen=True)
-class Phase:
-    """steps of training that turn the weights in folder `start` into those in folder `out`."""
-    name: str
-    start: str | None                # None: random weights
-    out: str | None                  # None: only the models it keeps on the way
-    steps: int
-    position: int                    # in the data, in steps: as many as the start's weights saw
-    decay: int                       # the last steps, over which the learning rate falls to 10%
-    lr: float
-    dmc: bool = True
-    fade: bool = False               # Eq. 12
-    cr: tuple | None = None          # target CR before the first step and after the last
-    keep: dict = field(default_factory=dict)    # steps done -> folder of the model kept then
-
-    @property
-    def title(self):
-        """Its name, with the CR where several phases have the name: "solidify 4"."""
-        return f"{self.name} {self.cr[1]:g}" if self.name == "solidify" else self.name
-
-    @property
-    def weights(self):
-        """The folder of the weights it ends with. A given model that is not trained stays put."""
-        return self.out if self.steps or self.start is None else self.start
-
-    def learning_rate(self, step, warmup):
-        left = min(1.0, (self.steps - step) / self.decay) if self.decay else 1.0
-        cosine = 0.1 + 0.9 * (1 - math.cos(math.pi * left)) / 2
-        return self.lr * min(1.0, (step + 1) / max(1, warmup)) * cosine
-
-    def target(self, step):
-        """The target CR at a step, or None where nothing is decided."""
-        return self.cr and self.cr[0] + (self.cr[1] - self.cr[0]) * (step + 1) / self.steps
-
-
-def plan(s, given=None):
-    """The phases of a run, in order.
-
-    given: the folder of the checkpoint to start from; None: random weights. Raises InputError where
-    two models would have to be kept at the same step.
-    """
-    pretrain_steps = 0 if s.init else s.pretrain_steps
-    start = str(given) if given else "pretrained"
-    free_at, retrofit_at = pretrain_steps, pretrain_steps + s.free_steps
-    reach = {cr: max(1, round(s.retrofit_steps * (cr - 1) / max(s.cr - 1, 1e-9)))
-             for cr in s.kept()}
-    if len(set(reach.values())) < len(reach):
-        raise InputError(f"two of the CRs to keep, {', '.join(f'{cr:g}' for cr in reach)}, fall on "
-                         "the same step; keep fewer with --keep, or raise --retrofit-steps.")
-    control = s.control or not s.init
-    phases = [
-        Phase("pretrain", given and start, "pretrained", pretrain_steps, 0, pretrain_steps,
-              s.pretrain_lr, dmc=False),
-        Phase("free", start, "freed", s.free_steps, free_at, 0, s.lr, fade=True),
-        Phase("retrofit", "freed", None, s.retrofit_steps, retrofit_at, 0, s.lr, cr=(1.0, s.cr),
-              keep={step: f"retrofit-{cr:g}" for cr, step in reach.items()}),
-    ]
-    for cr in s.solidified():
-        step = reach[cr]       # with a control all end after as many steps, so they are comparable
-        steps = s.solidify_steps + (s.retrofit_steps - step if control else 0)
-        phases.append(Phase("solidify", f"retrofit-{cr:g}", f"cr{cr:g}", steps, retrofit_at + step,
-                            steps, s.lr, cr=(cr, cr)))
-    if control:
-        steps = s.free_steps + s.retrofit_steps + s.solidify_steps
-        phases.append(Phase("control", start, "control", steps, free_at, s.solidify_steps, s.lr,
-                            dmc=False))
-    return phases
 
 
 # ------------------------------------------------------------------------------------- the flags

@@ -87,13 +87,13 @@ def table(summary):
     Losses are in nats per byte or token. Without a control there are no distances: what further
     training on the text does by itself is not known then. Warns of targets that were missed.
     """
-    controlled = "control" in summary
+    controlled, title = "control" in summary, summary.get("variant", "DMC")
     rows = [("pretrained", 1.0, summary["pretrained"])]
     if controlled:
         rows.append(("control, trained on without compression", 1.0, summary["control"]))
     for entry in summary["dmc"]:
         every = averaged(entry["target"])
-        rows.append((f"DMC {entry['target']:g}x", entry["cr"], entry["loss"]))
+        rows.append((f"{title} {entry['target']:g}x", entry["cr"], entry["loss"]))
         if every > 1:
             name = f"{'control' if controlled else 'pretrained'}, every {every} tokens averaged"
             rows.append((name, float(every), entry["pooling"]))
@@ -101,7 +101,7 @@ def table(summary):
     lines = [f"\n{'validation, through the cache':<42}{'CR':>6}{'nats/' + summary['unit']:>11}"
              + f"{'to control':>14}" * controlled]
     lines += [f"{name:<42}{cr:6.2f}{loss:11.4f}{distance(loss)}" for name, cr, loss in rows]
-    notes = [missed(entry) for entry in summary["dmc"]]
+    notes = [missed(title, entry) for entry in summary["dmc"]]
     if not controlled:
         notes.append("Without a control (--control) nobody knows how much of a difference to "
                      "pretrained comes from training on this text, and how much from DMC.")
@@ -109,7 +109,7 @@ def table(summary):
                               for note in notes if note])
 
 
-def missed(entry, tolerance=0.05):
+def missed(title, entry, tolerance=0.05):
     """A warning where a model of the table misses its target by more than this share, or None."""
     target, cr = entry["target"], entry["cr"]
     if abs(cr / target - 1) <= tolerance:
@@ -119,7 +119,7 @@ def missed(entry, tolerance=0.05):
                "--channel-lr-factor or --lr.")
     else:
         way = f"above {target:g}. Give it more --solidify-steps."
-    return f"warning: DMC {target:g}x missed its target: CR {cr:.2f} was reached, {way}"
+    return f"warning: {title} {target:g}x missed its target: CR {cr:.2f} was reached, {way}"
 
 
 def heat_map(heads):

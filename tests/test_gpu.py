@@ -24,7 +24,8 @@ from nanodmc import checkpoint, flash_attention, sampling
 from nanodmc.config import shape
 from nanodmc.launch import INTERPRETED, triton
 from nanodmc.optim import new_optimizer
-from nanodmc.settings import Settings, plan
+from nanodmc.phases import plan
+from nanodmc.settings import Settings
 from test_banded_average import accumulate_inputs, check_accumulate
 from test_dmc import check_cache, config_of, on_cpu
 from test_flash_attention import attend_inputs, check_attend

@@ -12,11 +12,11 @@ from conftest import HERE
 ORDER = [["dmc"],
          ["launch", "flash_attention", "banded_average", "padded_cache"], ["dmc_fast"],
          *([name] for name in (
-             "interrupts", "files", "locks", "terminal", "cli", "config", "weights", "checkpoint",
-             "parallel", "added_tokens", "splits", "tokenizer", "documents", "token_cache", "text",
-             "settings", "tables", "optim", "evaluate", "baselines", "sampling", "plots",
-             "stopping", "runs", "pool", "engine", "results", "prompts", "merges", "peers",
-             "cases", "bench")),
+             "interrupts", "files", "locks", "terminal", "cli", "variants", "config", "weights",
+             "checkpoint", "parallel", "added_tokens", "splits", "tokenizer", "documents",
+             "token_cache", "text", "phases", "settings", "tables", "optim", "losses", "evaluate",
+             "baselines", "sampling", "plots", "stopping", "runs", "pool", "engine", "results",
+             "prompts", "merges", "analyses", "peers", "cases", "bench")),
          ["train", "generate"]]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 MODULES = {**{path.stem: path for path in HERE.glob("nanodmc/*.py") if path.stem != "__init__"},

@@ -26,7 +26,9 @@ from dmc import Config, Transformer
 from nanodmc import cli, files, flash_attention, optim
 from nanodmc.config import SHAPES
 from nanodmc.files import InputError
-from nanodmc.settings import PRESETS, Phase, Settings, plan
+from nanodmc.losses import language_loss, taught_losses
+from nanodmc.phases import Phase, plan
+from nanodmc.settings import PRESETS, Settings
 from nanodmc.tables import show
 from nanodmc.text import batch, standard_library
 from test_dmc import assert_close, config_of, groups, model_of, seeds
@@ -121,13 +123,13 @@ def test_gradients_of_many_passes_add_up_in_fp32():
 # -------------------------------------------------------------------------------- what a step keeps
 
 class Allocated(TorchDispatchMode):
-    """Bytes of the tensors that were made under it, without the model's own: those that still live,
+    """Bytes of the tensors that were made under it, without the models' own: those that still live,
     their peak, and the largest one's. It counts tensors without data, on the device meta, too."""
 
-    def __init__(self, model):
+    def __init__(self, *models):
         super().__init__()
         self.storages, self.largest, self.live, self.peak = {}, 0, 0, 0
-        self.own = {p.untyped_storage()._cdata for p in model.parameters()}
+        self.own = {p.untyped_storage()._cdata for model in models for p in model.parameters()}
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         out = f(*args, **(kwargs or {}))
@@ -146,10 +148,15 @@ class Allocated(TorchDispatchMode):
         self.live -= self.storages.pop(key)
 
 
-def lean_loss(model, inputs, targets, **chunk):
+def lean_loss(model, inputs, targets, teacher=None, **chunk):
     """The loss and the decisions in the way that saves memory."""
     hidden, alpha = model.hidden(inputs, noise=True)
-    return train.language_loss(model.lm_head, targets, hidden, **chunk), alpha
+    if teacher is None:
+        return language_loss(model.lm_head, targets, hidden, **chunk), alpha
+    with torch.no_grad():
+        expected, _ = teacher.hidden(inputs)
+    losses = taught_losses(model.lm_head, targets, hidden, teacher.lm_head, expected, **chunk)
+    return losses[1], alpha
 
 
 def test_one_activation_per_layer_is_kept_and_no_full_logits():
@@ -267,27 +274,31 @@ class AverageOnMeta(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors)
 
 
-def test_the_memory_plan_is_what_a_step_takes():
+@pytest.mark.parametrize("distill", [0.0, 1.0])
+def test_the_memory_plan_is_what_a_step_takes(distill):
     """Four layers of Llama 2 7B at 4,096 tokens, without data: two passes and the update."""
     ops = types.SimpleNamespace(
         Cache=None, accumulate=lambda k, v, alpha, omega, window: AverageOnMeta.apply(
             k, v, alpha, omega),
-        attend=lambda q, k, v, keep: flash_attention.MaskedFlash.apply(q, k, v, keep, 0.1, "cpu"))
+        attend=lambda q, k, v, keep: flash_attention.MaskedFlash.apply(
+            q, k, v, torch.zeros_like(k[..., 0]) if keep is None else keep, 0.1, "cpu"))
     config = Config(**SHAPES["llama2-7b"] | {"n_layer": 4})
-    s = Settings(**PRESETS["llama2-7b"])
+    s = Settings(**PRESETS["llama2-7b"] | {"distill": distill})
     with torch.device("meta"):
         model = Transformer(config, ops).bfloat16()
+        teacher = Transformer(replace(config, dmc=False), ops).bfloat16() if distill else None
     optim.recompute_layers(model)
     tokens = torch.zeros(1, 4096, dtype=torch.long, device="meta")
-    with Allocated(model) as allocated:
+    models = [model, teacher] if distill else [model]
+    with Allocated(*models) as allocated:
         optimizer = optim.new_optimizer(model, s, passes=2)
         for _ in range(2):
-            loss, alpha = lean_loss(model, tokens, tokens)
+            loss, alpha = lean_loss(model, tokens, tokens, teacher=teacher)
             (loss + dmc.compression_loss(alpha, 2)).backward()
             del loss, alpha
         optimizer.clip(1.0)
         optimizer.step()
-    taken = allocated.peak + sum(p.nbytes for p in model.parameters())
+    taken = allocated.peak + sum(p.nbytes for m in models for p in m.parameters())
     planned = sum(optim.memory_plan(config, s).values()) - 2e9 * torch.cuda.is_available()
     assert taken < planned < 1.05 * taken
 

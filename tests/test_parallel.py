@@ -35,7 +35,7 @@ def test_two_processes_train_like_one_and_resume_each_others_state(tmp_path, tex
     """One process into the retrofit; two, with FSDP2 over gloo, through solidify into the control;
     then one again."""
     arguments = ["--data", text, *TINY, *SHORT, "--save-every", "2", "--kv-heads", "2",
-                 "--dim", "12", "--micro-batch", "1"]
+                 "--dim", "12", "--micro-batch", "1", "--distill", "0.5"]
     whole, out, script = tmp_path / "whole", tmp_path / "run", tmp_path / "two.py"
     assert train.main(["--out", str(whole), *arguments]) == 0
     with pytest.raises(PowerCut):
@@ -53,6 +53,7 @@ def test_two_processes_train_like_one_and_resume_each_others_state(tmp_path, tex
         assert ours["phase"] == theirs["phase"] and ours["step"] == theirs["step"]
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
         assert ours["cr"] == pytest.approx(theirs["cr"], abs=1e-4)
+        assert ours.get("kl") == pytest.approx(theirs.get("kl"), abs=1e-5)
     for ours, theirs in zip(summary(out)["dmc"], summary(whole)["dmc"], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
 

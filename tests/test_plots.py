@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import train
-from conftest import oracle, refusal
+from conftest import TINY, oracle, refusal
 from nanodmc import plots
 
 pytestmark = pytest.mark.usefixtures("one_thread")       # faster for tiny models
@@ -26,6 +26,11 @@ def test_runs_are_drawn(finished, tmp_path, capsys):
     picture = (tmp_path / "one/plot.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
     assert not (tmp_path / "two/plot.png").exists()
+    facts = json.loads((finished / "summary.json").read_text())
+    expected = [[e["cr"], e["loss"] - facts["control"]] for e in facts["dmc"]]
+    (lines,) = json.loads((tmp_path / "one/ratios.json").read_text()).values()
+    assert [sorted(expected)] * 2 == list(lines.values())
+    assert is_picture(tmp_path / "one/ratios.png")
     (tmp_path / "two/metrics.jsonl").write_text("")
     told = refusal(train.main, ["--plot", str(tmp_path / "two")], capsys, tmp_path)
     assert "no step with decisions" in told
@@ -51,6 +56,18 @@ def test_loss_against_memory_needs_no_control(finished, tmp_path):
         assert is_picture(tmp_path / f"{name}.png")
         facts.pop("control", None)
     assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()
+
+
+def test_a_run_without_decisions_is_drawn_as_far_as_it_goes(tmp_path, text, capsys):
+    oracle("matplotlib")
+    arguments = ["--data", text, *TINY, "--heads", "2", "--kv-heads", "2", "--cr", "2",
+                 "--keep", "2", "--variant", "gqa"]
+    for seed in ("0", "1"):
+        assert train.main(["--out", str(tmp_path / seed), *arguments, "--seed", seed]) == 0
+    assert train.main(["--plot", str(tmp_path / "0"), str(tmp_path / "1")]) == 0
+    for name in ("plot", "memory", "ratios"):
+        assert is_picture(tmp_path / f"0/{name}.png")
+    assert "GQA" in (tmp_path / "0/ratios.json").read_text()
 
 
 def test_a_plot_without_its_library(finished, monkeypatch, capsys, tmp_path):

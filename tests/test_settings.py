@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanodmc.files import InputError
-from nanodmc.settings import PRESETS, Settings, plan
+from nanodmc.phases import plan
+from nanodmc.settings import PRESETS, Settings
 from nanodmc.text import batch
 
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanodmc.settings import PRESETS, Settings, plan
+from nanodmc.phases import plan
+from nanodmc.settings import PRESETS, Settings
 from nanodmc.tables import LOG_HEAD, Pace, duration, heat_map, log_line, table
 
 # without subnormal numbers, which train.main switches off for the whole process
