@@ -14,6 +14,7 @@ from __future__ import annotations  # kernels can be read, not run, where Triton
 import math
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 import dmc
@@ -280,7 +281,7 @@ def merged(average, at, live, share, new, new_share):
 
 @jit
 def step_kernel(q, k, v, alpha, omega, cos, sin, q_turned, pool_k, pool_v, table, lengths, ages,
-                open_k, open_v, open_omega, free, left, failed, spare, G, pages_per_row,
+                open_k, open_v, open_omega, free, left, failed, G, pages_per_row,
                 q_stride_b, q_stride_h, k_stride_b, k_stride_h, v_stride_b, v_stride_h,
                 R: tl.constexpr, HALF: tl.constexpr, W: tl.constexpr, W_PAD: tl.constexpr,
                 PAGE: tl.constexpr, WINDOWED: tl.constexpr, DECIDES: tl.constexpr,
@@ -346,7 +347,7 @@ def step_kernel(q, k, v, alpha, omega, cos, sin, q_turned, pool_k, pool_v, table
             last = tl.atomic_add(left, -1) - 1
             page = tl.load(free + tl.maximum(last, 0))
             if last < 0:                                         # none: no slot is overwritten
-                page = spare
+                page = 0
                 tl.store(failed, 1)
             tl.store(entry, page)
         dtype = pool_k.dtype.element_ty
@@ -441,18 +442,29 @@ def decode(q, pool_k, pool_v, table, lengths, order, splits):
 
 # ------------------------------------------------------------------------ the cache in pages
 
+def capturing(device):
+    """Whether what runs on this device now becomes a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class PagedCache(FastCache):
     """One pool of pages for all layers, sequences and heads: no head pays for another's length.
 
-    pool_k, pool_v (pages + 1, page, D). table (L, B, G, pages per head): the pages of each head.
-    The pool's last page is the spare one, where a head writes when the pool is exhausted. free: the
-    numbers of the free pages, the first `left` of them. ages (L, B, G): tokens of each sequence,
-    which may differ; -1 for a released one.
+    pool_k, pool_v (pages + 1, page, D). table (L, B, G, pages per head): the pages of each head, or
+    0. Page 0 is the spare one, where a head writes when the pool is exhausted. free: the numbers of
+    the free pages, the first `left` of them. ages (L, B, G): tokens of each sequence, which may
+    differ; -1 for a released one.
 
-    pages None: enough for every head at max_seq_len. A step at T = 1 never waits for a GPU, so it
-    cannot raise errors there; `check` does. `seen` counts calls, and the positions are checked by
-    it. It must be set to the longest sequence's tokens where sequences come and go, or a captured
-    step is replayed.
+    pages None: a pool that grows with the tokens seen, so that it is never exhausted. It is grown
+    to its full size and stays fixed once sequences are admitted. Within a CUDA graph it is fixed as
+    it is; a graph to be replayed needs `full_pages`.
+
+    A step at T = 1 never waits for a GPU, so it cannot raise errors there; `check` does. `seen`
+    counts calls, and the positions are checked by it. It must be set to the longest sequence's
+    tokens where sequences come and go, or a captured step is replayed.
+
+    Without kernels, keys and values that no slot uses are zero: what is masked is multiplied by 0,
+    and 0 times NaN is NaN. So what is wrong with one sequence stays there.
     """
 
     def __init__(self, config, batch, device=None, dtype=torch.float32, page_size=16, pages=None):
@@ -463,17 +475,15 @@ class PagedCache(FastCache):
         on_gpu = torch.device(device or "cpu").type == "cuda"
         fits_kernels = dtype != torch.float64 and D >= (16 if on_gpu else 2) and D == power_of_2(D)
         self.kernels = uses_kernels(device) and fits_kernels
-        per_head = -(-config.max_seq_len // page_size)
-        pages = L * B * G * per_head if pages is None else pages
-        ints = dict(dtype=torch.int32, device=device)
+        self.grows, ints = pages is None, dict(dtype=torch.int32, device=device)
         self.lengths, self.ages = torch.zeros(L, B, G, **ints), torch.zeros(L, B, G, **ints)
-        self.table = torch.full((L, B, G, per_head), pages, **ints)
-        self.free, self.left = torch.arange(pages, **ints), torch.full((1,), pages, **ints)
+        self.table = torch.zeros(L, B, G, -(-config.max_seq_len // page_size), **ints)
+        self.free, self.left = torch.arange(0, **ints), torch.zeros(1, **ints)
         self.failed = torch.zeros(1, **ints)
         self.order = torch.arange(B * G, **ints).repeat(L, 1)
-        make = torch.empty if self.kernels else torch.zeros      # operations read what they mask
-        self.pool_k, self.pool_v = (make(pages + 1, page_size, D, device=device, dtype=dtype)
+        self.pool_k, self.pool_v = (torch.zeros(1, page_size, D, device=device, dtype=dtype)
                                     for _ in range(2))
+        self.add_pages(self.table.numel() // self.table.size(-1) if self.grows else pages)
         self.know_positions(config.max_seq_len, device)
         processors = 1
         if on_gpu:
@@ -497,12 +507,44 @@ class PagedCache(FastCache):
         slots = self.lengths.sum().item()
         return self.ages.clamp(min=0).sum().item() / slots if slots else 1.0
 
+    # --- the pool's size
+
+    def add_pages(self, more):
+        """A pool with so many more free pages. Does not wait for a GPU."""
+        pages = len(self.free)
+        make = torch.empty if self.kernels else torch.zeros      # operations read what they mask
+        for name in ("pool_k", "pool_v"):
+            old = getattr(self, name)
+            new = make(1 + pages + more, *old.shape[1:], device=old.device, dtype=old.dtype)
+            new[:len(old)] = old
+            setattr(self, name, new)
+        added = torch.arange(pages + 1, pages + more + 1, dtype=torch.int32, device=old.device)
+        free, at = F.pad(self.free, (0, more)), self.left + torch.arange(more, device=old.device)
+        self.free, self.left = free.scatter(0, at, added), self.left + more
+
+    def make_room(self, tokens):
+        """Pages for so many tokens of every sequence, should nothing merge; half as many more."""
+        heads, pages = self.table[..., 0].numel(), -(-tokens // self.page_size)
+        have = len(self.free) // heads
+        if pages > have:
+            self.add_pages(heads * (min(max(pages, have * 3 // 2), self.table.size(-1)) - have))
+
+    def attend(self, layer, q, k, v, alpha=None, omega=None):
+        """dmc.Cache.attend; see FastCache.attend for what it refuses."""
+        if self.grows and capturing(q.device):
+            self.grows = False                                   # a graph knows where the pool is
+        if self.grows:
+            self.make_room(min(self.seen[layer] + q.size(2), self.config.max_seq_len))
+        return super().attend(layer, q, k, v, alpha, omega)
+
     # --- sequences come and go
 
     def check(self):
         """Raise ValueError if the pool was exhausted since the last check. Waits for the GPU."""
         if self.failed.item():
             self.failed.zero_()
+            for pool in (self.pool_k, self.pool_v):
+                pool[0] = 0                                      # heads without a page wrote there
             raise ValueError(f"the cache's {len(self.free)} pages are used up; give it more, "
                              "or a smaller batch, or shorter texts")
 
@@ -514,7 +556,7 @@ class PagedCache(FastCache):
         owned = -(-self.lengths[:, rows] // self.page_size)[..., None]
         owned = (torch.arange(self.table.size(-1), device=owned.device) < owned).flatten()
         pages, total, left = self.table[:, rows].flatten(), len(self.free), self.left.clamp(min=0)
-        owned &= pages < total                                   # all but the spare one
+        owned &= pages > 0                                       # all but the spare one
         first = owned.to(torch.uint8).argsort(descending=True, stable=True)[:total]
         pages, freed = pages[first], owned.sum()                 # the owned ones come first
         i = torch.arange(len(pages), device=left.device)
@@ -524,7 +566,7 @@ class PagedCache(FastCache):
         if not self.kernels:                                     # NaN would survive the next mask
             for pool in (self.pool_k, self.pool_v):
                 pool[pages[:freed]] = 0
-        self.lengths[:, rows], self.ages[:, rows] = 0, -1
+        self.lengths[:, rows], self.ages[:, rows], self.table[:, rows] = 0, -1, 0
 
     def admit(self, rows):
         """A cache for new sequences in place of those of the slice `rows`, which were released.
@@ -532,6 +574,9 @@ class PagedCache(FastCache):
         It shares all memory with this one. Prefill through it; then this one decodes old and new
         sequences together.
         """
+        if self.grows:                                           # or the two would have two pools
+            self.make_room(self.config.max_seq_len)
+            self.grows = False
         part = object.__new__(type(self))
         part.__dict__.update(self.__dict__, seen=[0] * len(self.seen), open=self.open.rows(rows))
         for name in ("lengths", "ages", "table"):
@@ -540,7 +585,8 @@ class PagedCache(FastCache):
         part.order = torch.arange(B * G, dtype=torch.int32, device=self.order.device)
         part.order = part.order.repeat(len(self.seen), 1)
         part.ages.zero_()
-        part.open.omegas.zero_()                                 # of the sequence before
+        for x in part.open.tensors():                            # of the sequence before
+            x.zero_()
         return part
 
     def sort_rows(self):
@@ -550,17 +596,22 @@ class PagedCache(FastCache):
     def take(self, layer, fresh):
         """A free page for each True in fresh (B, G, pages per head); the spare one if none is."""
         taken = self.left - fresh.flatten().cumsum(0).view_as(fresh)
-        pages = torch.where(taken >= 0, self.free[taken.clamp(min=0)], len(self.free))
+        pages = torch.where(taken >= 0, self.free[taken.clamp(min=0)], 0)
         self.table[layer] = torch.where(fresh, pages, self.table[layer])
         self.left -= fresh.sum().int()
         self.failed |= (fresh & (taken < 0)).any().int()
 
     def write(self, layer, slot, written, k, v):
-        """k, v (B, G, T, D) into the slots numbered `slot` (B, G, T), if not written: the spare."""
+        """k, v (B, G, T, D) into the slots numbered `slot` (B, G, T), where they are `written`.
+
+        The others go to the spare page, as zeros.
+        """
         page = self.table[layer].gather(-1, (slot // self.page_size).clamp(min=0)).long()
         at = page * self.page_size + slot % self.page_size
-        at = torch.where(written, at, len(self.free) * self.page_size).flatten()
+        at = torch.where(written, at, 0).flatten()
         for pool, x in ((self.pool_k, k), (self.pool_v, v)):
+            if not self.kernels:
+                x = x.masked_fill(~written[..., None], 0)
             pool.view(-1, x.size(-1))[at] = x.reshape(-1, x.size(-1))
 
     # --- tokens
@@ -607,7 +658,7 @@ class PagedCache(FastCache):
         step_kernel[(B * G,)](
             q, k, v, alpha, omega, self.cos, self.sin, turned, self.pool_k, self.pool_v,
             self.table[layer], self.lengths[layer], self.ages[layer], open_k, open_v, open_omega,
-            self.free, self.left, self.failed, len(self.free), G, self.table.size(-1),
+            self.free, self.left, self.failed, G, self.table.size(-1),
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             R=H // G, HALF=D // 2, W=W, W_PAD=power_of_2(W), PAGE=self.page_size,
             WINDOWED=self.config.window is not None, DECIDES=decides, CONTROL_GAIN=self.gain,
@@ -638,6 +689,11 @@ class PagedCache(FastCache):
                         for pool in (self.pool_k, self.pool_v))
         y = attend_used(q, keys, values, self.lengths[layer])
         return y.masked_fill(~running[:, :1, None, None], 0)
+
+
+def full_pages(config, batch, page_size=16):
+    """The pages of a pool in which every head of `batch` sequences has room for all positions."""
+    return config.n_layer * batch * config.n_kv_head * -(-config.max_seq_len // page_size)
 
 
 def Cache(config, batch, device=None, dtype=torch.float32, page_size=16, pages=None):

@@ -689,13 +689,19 @@ def test_worked_example():
 # ----------------------------------------------- the paged cache, in operations and in kernels
 
 def open_segment(cache, layer):
-    """The importances, keys and values that a cache remembers of the open segments, in order."""
+    """The importances, keys and values that a cache remembers of the open segments, in order.
+
+    Those of earlier segments, whose importance is 0, as zeros: that is how some caches keep them.
+    """
     if isinstance(cache, dmc.Cache):
-        return cache.segment[layer]
-    keys, values, omegas = (x[layer] for x in cache.open.tensors())
-    W, seen = omegas.size(-1), cache.seen[layer]
-    order = torch.arange(max(0, seen - W), seen, device=keys.device) % W       # of a ring
-    return [x.index_select(2, order) for x in (omegas, keys, values)]
+        omegas, keys, values = cache.segment[layer]
+    else:
+        keys, values, omegas = (x[layer] for x in cache.open.tensors())
+        W, seen = omegas.size(-1), cache.seen[layer]
+        order = torch.arange(max(0, seen - W), seen, device=keys.device) % W   # of a ring
+        omegas, keys, values = (x.index_select(2, order) for x in (omegas, keys, values))
+    unused = (omegas == 0)[..., None]
+    return omegas, *(x.masked_fill(unused, 0) for x in (keys, values))
 
 
 def check_cache(heads, window, T, portions, D=8, page_size=16, decides=True, batch=1, merge=0.5,
@@ -744,7 +750,7 @@ def owned_pages(cache):
 
 def all_pages(cache):
     """The numbers of all pages, owned or free, in order; the spare one is not counted."""
-    owned = [page for page in owned_pages(cache) if page < len(cache.free)]
+    owned = [page for page in owned_pages(cache) if page > 0]
     return sorted(owned + cache.free[:max(0, cache.left.item())].tolist())
 
 
@@ -753,12 +759,12 @@ def test_pages_run_out_and_come_back_kernel(poisoned):
     released pages serve anew."""
     inputs = [x.float() for x in qkv(0, (2, 2), 40, merge=0.0)]
     cache = dmc_fast.PagedCache(config_of((2, 2), 3, n_layer=1), 2, pages=7)
-    conserved = lambda: all_pages(cache) == list(range(7))
+    conserved = lambda: all_pages(cache) == list(range(1, 8))
     tokens = lambda first, end, rows=2: [x[:rows, :, first:end] for x in inputs]
 
     cache.attend(0, *tokens(0, 16))
     assert cache.left.item() == 3 and conserved()
-    before = cache.pool_k[:7].clone()
+    before = cache.pool_k.clone()
     owned = owned_pages(cache)
     cache.attend(0, *tokens(16, 17))
     assert (before[owned] == cache.pool_k[owned]).all() and conserved()
@@ -785,10 +791,10 @@ def test_a_prompt_too_long_for_the_pool_kernel(poisoned):
     cache.attend(0, *inputs)
     with pytest.raises(ValueError, match="used up"):
         cache.check()
-    pages = [p for p in owned_pages(cache) if p < 5]
-    assert sorted(pages) == list(range(5))                       # all taken, none twice
+    pages = [p for p in owned_pages(cache) if p > 0]
+    assert sorted(pages) == list(range(1, 6))                    # all taken, none twice
     cache.release([0, 1])
-    assert sorted(cache.free[:cache.left.item()].tolist()) == list(range(5))
+    assert sorted(cache.free[:cache.left.item()].tolist()) == list(range(1, 6))
 
 
 def test_an_admitted_sequence_knows_nothing_of_the_one_before_it_kernel():
@@ -839,14 +845,14 @@ def test_sequences_come_and_go_kernel(data):
         for i, reference in references.items():
             assert cache.lengths[0, i] == reference.lengths[0, 0]
             assert cache.ages[0, i, 0] == reference.seen[0]
-        assert all_pages(cache) == [0, 1, 2]
+        assert all_pages(cache) == [1, 2, 3]
         with contextlib.suppress(ValueError):
             cache.check()
             continue
         cache.release([0, 1])                                    # an exhausted pool ends the batch
         references.clear()
     cache.release([0, 1])
-    assert sorted(cache.free.tolist()) == [0, 1, 2] and cache.left.item() == 3
+    assert sorted(cache.free.tolist()) == [1, 2, 3] and cache.left.item() == 3
 
 
 # ----------------------------------------------------------------- kernels in the interpreter

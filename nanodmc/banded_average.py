@@ -67,6 +67,19 @@ def split_heads(x, sizes):
     return x.view(B, G, -1, 2 * D)[:, :, :T].split(D, dim=-1)
 
 
+def guarded(means, x, share):
+    """The averages of x (B, G, T, D) by their shares; what is not finite is made anew.
+
+    A banded product multiplies tokens of earlier segments, and of the head before, by 0, and 0
+    times NaN is NaN. Here what has no share is not counted.
+    """
+    total = torch.zeros_like(means)
+    for n, part in enumerate(share.flip(0)):
+        part = part[..., None]
+        total += (part * before(x, n)).masked_fill(part == 0, 0)
+    return torch.where(means.isfinite(), means, total)
+
+
 class BandedAverage(torch.autograd.Function):
     """The windowed average: for each tile of n tokens, a banded n x (n + W - 1) matrix product."""
 
@@ -80,7 +93,10 @@ class BandedAverage(torch.autograd.Function):
         band, tokens = banded(share, n), tiled(k, v, W, n, dtype)
         ctx.save_for_backward(alpha, omega, fade, share, inverse_z, band, tokens)
         ctx.sizes, ctx.dtypes = k.shape, (k.dtype, v.dtype)
-        means = split_heads(band @ tokens, k.shape)
+        product = band @ tokens
+        means = split_heads(product, k.shape)
+        if not product.sum().isfinite():
+            means = [guarded(x, y.to(dtype), share) for x, y in zip(means, (k, v), strict=True)]
         return tuple(x.to(d) for x, d in zip(means, ctx.dtypes, strict=True))
 
     @staticmethod

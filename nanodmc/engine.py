@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from dmc_fast import PagedCache
+from dmc_fast import PagedCache, full_pages
 from nanodmc.files import InputError
 from nanodmc.parallel import over_ranks, rank_count
 from nanodmc.sampling import NOT_NUMBERS, SETTINGS, likeliest, next_logits, sample
@@ -114,7 +114,7 @@ class Engine:
         if pages is not None and pages < self.heads:
             raise InputError(f"the pool has {pages} pages for {self.heads} heads; "
                              "raise --cache-gb.")
-        device = weight.device
+        device, pages = weight.device, full_pages(config, rows) if pages is None else pages
         self.cache = cache_class(config, rows, device, weight.dtype, pages=pages)
         self.cache.release(slice(None))
         self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)   # for the next step

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend
 
 import dmc
 from dmc import wide
+from nanodmc.large_scores import attend_in_blocks, too_large
 from nanodmc.launch import jit, power_of_2, tl, triton, uses_kernels
 
 LOWEST = -1e4       # stands for log 0: exp of it is 0, and unlike inf it may be multiplied by 0
@@ -241,7 +242,7 @@ def mask_gradient_in_kernel(grad, q, k, v, y, lse, keep, diagonal, dq, dk, dv, s
 def masked(q, k, keep, scale):
     """mask_kernel in PyTorch's operations."""
     G = k.size(1)
-    diagonal = wide((grouped(q, G) * k[:, :, None]).sum(-1)).flatten(1, 2) * scale     # (B, H, T)
+    diagonal = (wide(grouped(q, G)) * wide(k)[:, :, None]).sum(-1).flatten(1, 2) * scale
     q, k = q.clone(), k.clone()
     q[..., 0], k[..., 0] = 8, keep / (8 * scale)
     return q, k, diagonal
@@ -317,7 +318,9 @@ def attend(q, k, v, keep=None):
     """dmc.attend: causal attention under the mask of appendix F.
 
     The control channel carries the mask, so it must be free: q[..., 0] = k[..., 0] = 0, as in the
-    model. On a CPU this is checked, and a free channel added where it is not so. On a GPU it is
+    model. And the scores q . k / sqrt(D) must lie within 4,000, as those of a model that has not
+    overflowed do, or what was overwritten is seen again. On a CPU both are checked: a free channel
+    is added, and sequences that may exceed the limit go through large_scores.py. On a GPU both are
     taken for granted, because a check would wait for the GPU.
     """
     if q.size(2) == 0 or (keep is None and (not q.is_cuda or needs_gradient(q, k, v))):
@@ -327,6 +330,11 @@ def attend(q, k, v, keep=None):
         return dmc.attend(q, k, v, keep)
     if keep is None:                                     # a prompt
         return flash(kind, q, k, v, scale)[0]
+    if kind == "cpu" and (large := too_large(q, k)).any():
+        rows = large.nonzero()[:, 0], (~large).nonzero()[:, 0]
+        ways = attend_in_blocks, attend if len(rows[1]) else attend_in_blocks
+        y = [f(*(x[i] for x in (q, k, v, keep))) for f, i in zip(ways, rows, strict=True)]
+        return torch.cat(y)[torch.cat(rows).argsort()]
     if kind == "cpu" and (q[..., 0].any() or k[..., 0].any()):
         q, k, v = (F.pad(x, (1, 0)) for x in (q, k, v))
         return MaskedFlash.apply(q, k, v, keep, scale, kind)[..., 1:]

@@ -67,14 +67,16 @@ class OpenSegments:
         """After a prefill: keys, values and their averages (B, G, T, D); merge, omega (B, G, T)."""
         T, W = k.size(2), self.window
         in_open = merge[..., 1:].flip(-1).cumprod(-1).flip(-1)   # no later token appended
-        omega = omega * F.pad(in_open, (0, 1), value=1)
+        in_open = F.pad(in_open, (0, 1), value=1) > 0
+        omega = omega.masked_fill(~in_open, 0)
         if W is None:
             self.keys[layer], self.values[layer] = k_mean[:, :, -1:], v_mean[:, :, -1:]
             self.omegas[layer] = omega.sum(-1, keepdim=True)
             return
         recent = torch.arange(max(0, T - W), T, device=k.device)
-        self.keys[layer][:, :, recent % W] = k[:, :, recent]
-        self.values[layer][:, :, recent % W] = v[:, :, recent]
+        closed = ~in_open[:, :, recent, None]
+        self.keys[layer][:, :, recent % W] = k[:, :, recent].masked_fill(closed, 0)
+        self.values[layer][:, :, recent % W] = v[:, :, recent].masked_fill(closed, 0)
         self.omegas[layer][:, :, recent % W] = omega[:, :, recent]
 
 

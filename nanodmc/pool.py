@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from dmc_fast import PagedCache
+from dmc_fast import PagedCache, full_pages
 from nanodmc.parallel import over_ranks
 from nanodmc.sampling import SETTINGS, next_logits, sample
 
@@ -29,7 +29,8 @@ def pages_that_fit(model, rows, gigabytes, gain, capped=True, cache_class=PagedC
     memory = 1e9 * (1 if gigabytes is None else gigabytes)
     if weight.is_cuda and gigabytes is None:
         make = partial(cache_class, config, device=device, dtype=dtype)
-        cache, prompt = make(1), torch.zeros(1, positions, dtype=torch.long, device=device)
+        cache = make(1, pages=full_pages(config, 1))
+        prompt = torch.zeros(1, positions, dtype=torch.long, device=device)
         working = peak(lambda: next_logits(model, prompt, cache, gain))
         cache = None
         logits, ones = weight.new_zeros(rows, config.vocab_size), torch.ones(rows, device=device)
@@ -41,8 +42,7 @@ def pages_that_fit(model, rows, gigabytes, gain, capped=True, cache_class=PagedC
         memory = free - working - 0.03 * total
     fit = max(0, int(memory // page_bytes(config, dtype)))
     fit = int(over_ranks(torch.tensor(fit, device=device), "MIN"))
-    most = rows * config.n_layer * config.n_kv_head * -(-positions // PAGE)
-    return min(fit, most) if capped else fit
+    return min(fit, full_pages(config, rows)) if capped else fit
 
 
 def peak(work):

@@ -51,7 +51,7 @@ def assert_nothing_is_lost(engine):
     """All pages are free and all rows idle."""
     pages = len(engine.cache.free)
     assert engine.cache.left.item() == pages
-    assert sorted(engine.cache.free.tolist()) == list(range(pages))
+    assert sorted(engine.cache.free.tolist()) == list(range(1, pages + 1))
     assert sorted(engine.idle) == list(range(len(engine.tokens)))
     assert not engine.cache.failed.item()
 
@@ -168,6 +168,55 @@ def test_what_an_engine_refuses(one_thread):
     bad, good = sorted(results, key=lambda r: r.error is None)
     assert "not numbers" in bad.error
     assert good.error or good.ids == alone(model, good.request)[0]
+    assert_nothing_is_lost(engine)
+
+
+def poisoned_model(model, bad):
+    """Tokens 25 to 28 become something that no model survives, and are never generated."""
+    with torch.no_grad():
+        model.embed_tokens.weight[25:] = bad
+        model.embed_tokens.weight[25:, 0] = 0
+        model.lm_head.weight[25:] = 0                            # never the likeliest of 29
+    return model
+
+
+@on_cpu
+@given(seeds, st.sampled_from([-0.5, 0.5, 1e9]), st.integers(2, 4), st.sampled_from([4, 6, 30]),
+       st.sampled_from([torch.nan, torch.inf, -1e38, 6e4]), st.sampled_from([None, 3]),
+       st.sampled_from([torch.float32, torch.float16]))
+@settings(max_examples=16)
+def test_poisoned_sequences_harm_nobody_else(one_thread, seed, c, rows, pages, bad, window, dtype):
+    """Beside them and after them, each healthy request gets the text that it gets by itself."""
+    model = model_of(seed % 20, (4, 1), window, dmc_fast, c=c).to(dtype)
+    model = poisoned_model(model, -6e4 if (bad, dtype) == (-1e38, torch.float16) else bad)
+    requests = requests_of(seed, 8)
+    for i, request in enumerate(requests):
+        request.prompt, request.temperature = [x % 25 for x in request.prompt], 0.0
+        if i % 2:
+            request.prompt[(seed + i) % len(request.prompt)] = 25 + i % 4
+    results = {r.request.key: r for r in Engine(model, rows, 2 * pages).run(requests)}
+    for request in requests[::2]:
+        result, = Engine(model, 1, 2 * pages).run([request])
+        assert results[request.key].ids == result.ids
+        assert results[request.key].error == result.error
+    if not abs(bad) < torch.inf:
+        assert all(results[i].error for i in (1, 3, 5, 7))
+
+
+@kernels
+@pytest.mark.parametrize("window", [None, 3])
+def test_poisoned_sequences_harm_nobody_else_in_kernels(one_thread, window):
+    torch.manual_seed(0)
+    model = Transformer(config_of((2, 1), window, c=0.0, n_layer=1), dmc_fast)
+    model = poisoned_model(model.requires_grad_(False), torch.nan)
+    requests = [Request(prompt, 3, key=i) for i, prompt in enumerate(
+        [[5, 28], [25, 6], [7, 8, 9], [26], [3, 4]])]
+    engine = Engine(model, 2, 8)
+    for result in engine.run(requests):
+        if max(result.request.prompt) < 25:
+            assert_as_alone(model, result)
+        else:
+            assert "not numbers" in result.error and not result.ids
     assert_nothing_is_lost(engine)
 
 

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dmc
 from nanodmc import flash_attention
+from nanodmc.launch import INTERPRETED
 from test_dmc import (
     assert_as_good,
     groups,
@@ -218,3 +219,37 @@ def test_cudnn_gets_a_gradient_with_the_strides_of_the_output(fake_gpu, order):
 def test_attend_without_decisions_is_plain():
     q, k, v = qkv(0, (8, 2), 9)[:3]
     assert torch.equal(flash_attention.attend(q, k, v), dmc.attend(q, k, v))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("size", [1e3, 3e3, 1e4, 1e5, 1e7])
+def test_large_scores_never_reach_what_was_overwritten_kernel(size, dtype):
+    """Nor in a batch where another sequence has small ones. As good as dmc.attend, but for the
+    rounding of one score, which the log-sum-exp has."""
+    heads, T = ((2, 1), 20) if INTERPRETED else ((8, 2), 40)
+    for seed in range(1 if INTERPRETED else 5):
+        q, k, v, keep = attend_inputs(seed, heads, T, hard=True, silent=True)
+        scores = q[0].unflatten(0, (heads[1], -1)) @ k[0, :, None].mT / 8 ** 0.5
+        q[0] *= size / scores.abs().max()
+        inputs, results = [x.to(dtype) for x in (q, k, v)], []
+        for f, exact in ((flash_attention.attend, False), (dmc.attend, False), (dmc.attend, True)):
+            wide = torch.float64 if exact else torch.promote_types(dtype, torch.float32)
+            attend = lambda *x, f=f, keep=keep, wide=wide: f(*x, keep.to(wide))
+            results.append(with_gradients(attend, inputs, torch.float64 if exact else dtype))
+        rounding = size * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        for x, plain, exact in zip(*results, strict=True):
+            error, allowed = ((y.double() - exact).abs().max() for y in (x, plain))
+            allowed = allowed + (rounding + torch.finfo(dtype).eps) * exact.abs().max().clamp(min=1)
+            assert x.isfinite().all() and error <= 4 * allowed
+
+
+@on_cpu
+def test_scores_that_are_not_numbers_stay_in_their_sequence():
+    q, k, v, keep = (x.float() for x in attend_inputs(0, (4, 2), 9, hard=True, silent=True))
+    expected = flash_attention.attend(q, k, v, keep)
+    for x, bad in ((q, torch.nan), (k, torch.inf), (v, torch.nan), (k, 1e30)):
+        poison = [y.clone() for y in (q, k, v)]
+        for y, mine in zip(poison, (q, k, v), strict=True):
+            if mine is x:
+                y[1, :, 3, 5] = bad
+        assert torch.equal(flash_attention.attend(*poison, keep)[0], expected[0])

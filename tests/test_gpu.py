@@ -92,7 +92,9 @@ def test_a_step_is_one_graph_gpu():
     config = config_of((8, 2), 12, head_dim=64, dim=256, max_seq_len=256, c=0.0)
     model = Transformer(config, dmc_fast).to(DEVICE, torch.bfloat16)
     tokens = torch.randint(0, 29, (4, 60), device=DEVICE)
-    eager, captured = (dmc_fast.PagedCache(config, 4, DEVICE, torch.bfloat16) for _ in range(2))
+    eager, captured = (dmc_fast.PagedCache(config, 4, DEVICE, torch.bfloat16,
+                                           pages=dmc_fast.full_pages(config, 4))
+                       for _ in range(2))
     for cache in (eager, captured):
         model(tokens[:, :20], cache)
     token, results = tokens[:, 20:21].clone(), []

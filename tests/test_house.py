@@ -10,12 +10,14 @@ import pytest
 from conftest import HERE
 
 ORDER = [["dmc"],
-         ["launch", "flash_attention", "banded_average", "padded_cache"], ["dmc_fast"],
+         ["launch", "large_scores", "flash_attention", "banded_average", "padded_cache"],
+         ["dmc_fast"],
          *([name] for name in (
              "interrupts", "files", "locks", "terminal", "cli", "variants", "config", "weights",
              "checkpoint", "parallel", "added_tokens", "splits", "tokenizer", "documents",
-             "token_cache", "text", "phases", "settings", "tables", "optim", "losses", "evaluate",
-             "baselines", "sampling", "plots", "stopping", "runs", "pool", "engine", "results",
+             "token_cache", "text", "phases", "records", "settings", "tables", "optim", "losses",
+             "evaluate", "baselines", "sampling", "plots", "stopping", "claim", "state", "runs",
+             "pool", "engine", "results",
              "prompts", "merges", "analyses", "peers", "cases", "bench")),
          ["train", "generate"]]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

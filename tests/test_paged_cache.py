@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import dmc
 import dmc_fast
+from nanodmc.launch import INTERPRETED
 from test_dmc import (
     assert_as_good,
     config_of,
@@ -13,6 +15,7 @@ from test_dmc import (
     lengths,
     model_of,
     on_cpu,
+    parts,
     poisoned,  # noqa: F401
     qkv,
     seeds,
@@ -137,3 +140,90 @@ def test_what_a_cache_refuses(make):
 def test_pages_of_other_sizes_are_refused(size):
     with pytest.raises(ValueError, match=f"page_size is {size}; choose 16, 32 or 64"):
         dmc_fast.PagedCache(config_of(), 1, page_size=size)
+
+
+# ------------------------------------------------------ what is wrong with one sequence stays there
+
+BAD = [torch.nan, torch.inf, -torch.inf, 1e38]
+
+
+def poison(inputs, row, bad, at=slice(None)):
+    """inputs, with `bad` in a channel of the keys, values and queries of one sequence."""
+    inputs = [x.clone() for x in inputs]
+    for x in inputs[:3]:
+        x[row, :, at, 3] = bad
+    return inputs
+
+
+@settings(max_examples=3 if INTERPRETED else 40)
+@given(st.data())
+def test_healthy_sequences_beside_poisoned_ones_kernel(data):
+    """Each gets what it gets alone, in one prefill and in steps, from every kind of cache."""
+    window, seed = data.draw(st.sampled_from([None, 3, 12, 40])), data.draw(seeds)
+    bad, row = data.draw(st.sampled_from(BAD)), data.draw(st.integers(0, 2))
+    config, T = config_of((2, 2), window, n_layer=1), 5 if INTERPRETED else 34
+    inputs = [x.float() for x in qkv(seed, (2, 2), T, B=3)]
+    sick = poison(inputs, row, bad, data.draw(st.sampled_from([slice(None), 0, T // 2, T - 2])))
+    healthy = [i for i in range(3) if i != row]
+    portions = data.draw(st.sampled_from([[1] * T, [T - 2, 1, 1]]))
+    makes = [dmc_fast.PagedCache] if INTERPRETED else [dmc_fast.PagedCache, dmc_fast.PaddedCache]
+    for make in makes:
+        cache, references = make(config, 3), [dmc.Cache(config, 1) for _ in range(3)]
+        for part in parts(sick, portions):
+            y = cache.attend(0, *part)
+            for i in healthy:
+                expected = references[i].attend(0, *(x[i:i + 1] for x in part))
+                assert (y[i:i + 1] - expected).abs().max() < 1e-5
+
+
+@settings(max_examples=3 if INTERPRETED else 40)
+@given(st.data())
+def test_sequences_in_a_poisoned_ones_place_kernel(data):
+    """They know nothing of its pages, its ring, and what it wrote when released."""
+    window, bad = data.draw(st.sampled_from([None, 3, 12])), data.draw(st.sampled_from(BAD))
+    n = 3 if INTERPRETED else 20
+    config = config_of((2, 1), window, n_layer=1, max_seq_len=128)
+    tokens = [x.float() for x in qkv(data.draw(seeds), (2, 1), 4 * n, B=2)]
+    tokens[3][..., 0] = tokens[3][..., 2 * n] = 0                # what is admitted appends
+    short = data.draw(st.sampled_from([2, n]))
+    cache = dmc_fast.PagedCache(config, 2, pages=12)
+    cache.release(slice(None))
+    portion = lambda first, count, rows=slice(None): [x[rows, :, first:first + count]
+                                                      for x in tokens]
+
+    def admit(row, part):
+        references[row] = dmc.Cache(config, 1)
+        y, expected = (c.attend(0, *part) for c in (cache.admit(slice(row, row + 1)),
+                                                    references[row]))
+        return y, expected
+
+    def steps(first, count, sick=None):
+        for t in range(first, first + count):
+            part = portion(t, 1)
+            part = part if sick is None else poison(part, sick, bad)
+            y = cache.attend(0, *part)
+            for i in {0, 1} - {sick}:
+                expected = references[i].attend(0, *(x[i:i + 1] for x in part))
+                assert (y[i:i + 1] - expected).abs().max() < 1e-5
+
+    references = {}
+    admit(1, poison(portion(0, n, slice(1, 2)), 0, bad))
+    y, expected = admit(0, portion(0, n, slice(0, 1)))
+    assert (y - expected).abs().max() < 1e-5
+    steps(n, n, sick=1)
+    cache.release(slice(1, 2))
+    part = poison(portion(2 * n, 1), 1, bad)                     # a released row has inputs, too
+    y = cache.attend(0, *part)[:1]
+    assert (y - references[0].attend(0, *(x[:1] for x in part))).abs().max() < 1e-5
+    y, expected = admit(1, portion(2 * n, short, slice(1, 2)))
+    assert (y - expected).abs().max() < 1e-5
+    steps(3 * n, n)
+    cache.release(slice(0, 1))                                   # the sick one gets its pages
+    cache.release(slice(1, 2))
+    admit(1, poison(portion(0, 4 * n, slice(1, 2)), 0, bad))
+    y, expected = admit(0, portion(2 * n, short, slice(0, 1)))
+    assert (y - expected).abs().max() < 1e-5
+    steps(3 * n, n, sick=1)
+    cache.release(slice(None))
+    cache.check()
+    assert cache.kernels or not any(pool.any() for pool in (cache.pool_k, cache.pool_v))

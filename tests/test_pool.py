@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dmc_fast
-from dmc_fast import PagedCache
+from dmc_fast import PagedCache, full_pages
+from nanodmc.engine import Engine
 from nanodmc.pool import PAGE, page_bytes, pages_that_fit
-from test_dmc import config_of, groups, model_of
+from test_dmc import config_of, groups, model_of, parts, qkv, seeds
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -31,8 +32,76 @@ def test_as_many_pages_fit_as_memory_and_rows_have_room_for(rows, pages, capped)
     needed = rows * 2 * 2 * -(-model.config.max_seq_len // PAGE)     # layers, heads
     found = pages_that_fit(model, rows, gigabytes, None, capped)
     assert found == (min(pages, needed) if capped else pages)
-    cache = PagedCache(model.config, rows, dtype=torch.float64)
-    assert len(cache.free) >= needed
+    assert full_pages(model.config, rows) == needed
+    assert len(Engine(model, rows).cache.free) == needed         # which starts with all of it
+
+
+def tokens_of(seed, T, rows=2):
+    return [x.float() for x in qkv(seed, (4, 2), T, rows)]
+
+
+@given(seeds, st.sampled_from([None, 3]), st.sampled_from([[40, 1, 1], [1] * 50, [3, 60]]))
+@settings(max_examples=12)
+def test_a_pool_grows_with_its_sequences(seed, window, portions):
+    """It gives the bits of a pool that was full from the start, and its size follows the tokens."""
+    config = config_of((4, 2), window, max_seq_len=128)
+    growing, full = PagedCache(config, 2), PagedCache(config, 2, pages=full_pages(config, 2))
+    heads, size, seen = 2 * 2 * 2, page_bytes(config, torch.float32) + 4, 0
+    fixed = full.bytes.allocated - len(full.free) * size
+    assert growing.bytes.allocated == fixed + heads * size       # a page for every head
+    for part in parts(tokens_of(seed, sum(portions)), portions):
+        y = [[cache.attend(layer, *part) for layer in range(2)] for cache in (growing, full)]
+        assert all(torch.equal(a, b) for a, b in zip(*y, strict=True))
+        seen += part[0].size(2)
+        needed = heads * -(-seen // PAGE)
+        assert needed <= len(growing.free) <= max(heads, 1.5 * needed)
+        assert growing.bytes.allocated == fixed + len(growing.free) * size
+    assert torch.equal(growing.lengths, full.lengths) and growing.left == len(
+        growing.free) - (-(-growing.lengths // PAGE)).sum()
+    growing.check()
+    growing.release(slice(None))
+    assert sorted(growing.free.tolist()) == list(range(1, len(growing.free) + 1))
+
+
+def test_a_pool_grows_to_the_last_position_and_no_further():
+    config = config_of((4, 2), n_layer=1)
+    cache = PagedCache(config, 2)
+    for part in parts(tokens_of(0, 64), [1] * 64):
+        cache.attend(0, *part)
+    assert len(cache.free) == full_pages(config, 2)
+    with pytest.raises(ValueError, match="65 tokens do not fit"):
+        cache.attend(0, *tokens_of(0, 1))
+    cache.check()
+
+
+def test_a_pool_is_full_and_fixed_once_sequences_are_admitted():
+    """Else the cache of the admitted one would have a pool of its own."""
+    config = config_of((4, 2), n_layer=1)
+    cache = PagedCache(config, 2)
+    cache.attend(0, *tokens_of(0, 5))
+    cache.release(slice(0, 1))
+    part = cache.admit(slice(0, 1))
+    assert len(cache.free) == full_pages(config, 2) and part.pool_k is cache.pool_k
+    part.attend(0, *tokens_of(1, 60, 1))
+    cache.attend(0, *tokens_of(2, 1))
+    assert part.free is cache.free and part.left is cache.left and part.pool_v is cache.pool_v
+    cache.check()
+
+
+def test_a_pool_stays_as_it_is_within_a_graph(monkeypatch):
+    """A graph is replayed where the pool was when it was captured; what does not fit is told."""
+    config = config_of((4, 2), n_layer=1)
+    cache = PagedCache(config, 1)
+    first, rest = parts(tokens_of(0, 40, 1), [1, 39])
+    monkeypatch.setattr(dmc_fast, "capturing", lambda device: True)
+    cache.attend(0, *first)
+    monkeypatch.undo()
+    pool = cache.pool_k
+    rest[3].zero_()                                              # nothing merges
+    cache.attend(0, *rest)
+    assert cache.pool_k is pool
+    with pytest.raises(ValueError, match="2 pages are used up"):
+        cache.check()
 
 
 def test_without_a_limit_it_is_a_gigabyte_on_a_cpu():

@@ -141,3 +141,18 @@ def test_derived_seeds_are_seeds_of_their_own():
     assert seeds[:3] == [sampling.derived_seed(0, number) for number in (1, 2, 3)]
     u = sampling.uniform(torch.tensor([*given, *seeds])[:, None], torch.arange(50)[None])
     assert u.unique().numel() == u.numel()
+
+
+@given(seeds, st.sampled_from([torch.float32, torch.float16]))
+@settings(max_examples=20)
+def test_a_row_that_is_not_numbers_fails_alone(seed, dtype):
+    """Also one that is infinite gets a token or -1, and all others get theirs."""
+    torch.manual_seed(seed)
+    logits, rows = 4 * torch.randn(6, 29).to(dtype), torch.arange(6)
+    how = torch.tensor([0, 1.0] * 3), rows, 0.9 * torch.ones(6), rows
+    expected = sampling.sample(logits, *how, rows)
+    logits[1], logits[2], logits[3, 5], logits[4, 5:] = torch.nan, -torch.inf, torch.inf, torch.nan
+    tokens = sampling.sample(logits, *how, rows)
+    assert tokens[[1, 4]].tolist() == [-1, -1] == sampling.likeliest(logits)[[1, 4]].tolist()
+    assert torch.equal(tokens[[0, 5]], expected[[0, 5]]) and tokens[3] == 5
+    assert ((tokens >= -1) & (tokens < 29)).all()
