@@ -31,14 +31,14 @@ from pathlib import Path
 import torch
 
 from nanodmc.bench import benchmark
-from nanodmc.checkpoint import SHAPES, find_checkpoint
+from nanodmc.checkpoint import SHAPES, find_checkpoint, verify
 from nanodmc.cli import OPS, Parser, number, run_command, silence, wrapped
 from nanodmc.engine import EMPTY, checked_count
-from nanodmc.files import InputError, read_json, read_text, write_atomically
+from nanodmc.files import InputError, read_json, write_atomically
 from nanodmc.merges import merged_segments, merges_page, show_segments
 from nanodmc.parallel import load_part, over_ranks, random_part, rank_count, this_rank
-from nanodmc.prompts import LIMITS, answer_prompts
-from nanodmc.results import read_results
+from nanodmc.prompts import LIMITS, answer_prompts, read_prompt
+from nanodmc.results import only_writer, read_results, refuse_files_of, refuse_same_files
 from nanodmc.sampling import chooser, generate
 from nanodmc.terminal import has_colours, to_show
 from nanodmc.tokenizer import Tokenizer
@@ -49,9 +49,9 @@ PROMPT = "import os\nimport sys\n\ndef "
 
 SAMPLING = "tokens samples temperature top_k top_p seed"
 TAKES = {            # what has an effect in each mode, besides ckpt and device
-    "": f"random_weights cache ops prompt prompt_file {SAMPLING}",
-    "--show-merges": "show_merges random_weights ops prompt prompt_file",
-    "--prompts": f"prompts random_weights cache {SAMPLING} out batch cache_gb profile",
+    "": f"random_weights verify cache ops prompt prompt_file {SAMPLING}",
+    "--show-merges": "show_merges random_weights verify ops prompt prompt_file",
+    "--prompts": f"prompts random_weights verify cache {SAMPLING} out batch cache_gb profile",
     "--bench": "bench model cr prompt_tokens tokens batch cache_gb out",
     "--bench --ckpt": "bench prompt_file cr prompt_tokens tokens batch cache_gb out"}
 
@@ -64,22 +64,27 @@ def run(args):
     if rank_count() > 1 and args.show_merges:
         raise InputError(f"--show-merges looks at all heads, and {rank_count()} ranks have a part "
                          "each; run it without torchrun.")
+    page = (args.show_merges or "").endswith(".html") and Path(args.show_merges)
+    refuse_same_files(prompts=args.prompts, prompt_file=args.prompt_file, out=args.out,
+                      profile=args.profile, show_merges=page)
     if args.prompts:
         check_prompts(args)
     if args.bench:
         benchmark(args, device)
         return
-    done = read_results(args.out) if args.prompts else None
-    model, tokenizer, name, facts = find_model(args, device)
     if args.prompts:
-        print(f"{name}\n")
-        answer_prompts(args, model, tokenizer, chosen_gain(args, model, facts), done, name)
+        with nullcontext() if this_rank() else only_writer(args.out):
+            done = read_results(args.out)
+            model, tokenizer, name, facts = find_model(args, device)
+            print(f"{shown(name)}\n")
+            answer_prompts(args, model, tokenizer, chosen_gain(args, model, facts), done, name)
         return
-    text = read_text(args.prompt_file, "--prompt-file") if args.prompt_file else args.prompt
+    text = read_prompt(args.prompt_file) if args.prompt_file else args.prompt
+    model, tokenizer, name, facts = find_model(args, device)
     prompt = tokenizer.encode(text, prefix=True)
     if not prompt:
         raise InputError(EMPTY)
-    print(f"{name}\n")
+    print(f"{shown(name)}\n")
     if args.show_merges:
         show_merges(args.show_merges, model, tokenizer, prompt, name)
     else:
@@ -94,6 +99,11 @@ def check_prompts(args):
         raise InputError(f"{args.prompts} is no file; check --prompts.")
     if args.batch and len(args.batch) > 1:
         raise InputError("--prompts takes one size of --batch; leave the others out.")
+
+
+def shown(name):
+    """The name of a model or of a file, as it may stand on stdout."""
+    return to_show(str(name))
 
 
 def chosen_device(args):
@@ -118,6 +128,9 @@ def find_model(args, device):
         model = random_part(args.ckpt, ops, device)
         return model, Tokenizer.bytes(), f"{args.ckpt}, random weights", {}
     folder = find_checkpoint(args.ckpt)
+    refuse_files_of(folder, out=args.out, profile=args.profile)
+    if args.verify:
+        verify(folder)
     model, tokenizer = load_part(folder, ops, device), Tokenizer.from_folder(folder)
     return model, tokenizer, folder, read_json(folder / "config.json").get("dmc", {})
 
@@ -202,7 +215,7 @@ def show_merges(where, model, tokenizer, prompt, name):
         page = merges_page(model, prompt, tokenizer, name)
         write_atomically(where, lambda f: f.write_text(page, encoding="utf-8"))
         print(wrapped(f"The segments of {len(prompt)} tokens in every layer and head are in "
-                      f"{where}; open it in a browser."))
+                      f"{shown(where)}; open it in a browser."))
         return
     layers, heads = model.config.n_layer, model.config.n_kv_head
     layer, _, head = where.partition(".")
@@ -238,6 +251,10 @@ def refuse_idle_flags(args, given):
     idle = given - {"ckpt", "device", *TAKES[mode].split()}
     if {"prompt", "prompt_file"} <= given - idle:
         raise InputError("--prompt and --prompt-file are two prompts; leave one of them out.")
+    if not mode and args.samples > 1 and args.temperature == 0:
+        raise InputError("--samples at --temperature 0 repeats one text; leave one of them out.")
+    if args.verify and args.random_weights:
+        raise InputError("--verify has no effect with --random-weights; leave it out.")
     for name in sorted(idle):
         flag = "--" + name.replace("_", "-")
         needs = [other for other in ("--prompts", "--bench") if name in TAKES[other].split()]
@@ -253,6 +270,8 @@ def flags_of_all_modes():
         "[the newest run in runs]"))
     flags.add_argument("--random-weights", action="store_true", help=(
         "take only the shape of --ckpt llama2-7b and the like; text is bytes"))
+    flags.add_argument("--verify", action="store_true", help=(
+        "compare the weights with the checksum that was saved with them"))
     flags.add_argument("--cache", choices=["dmc", "full"], default="dmc", help=(
         "full: keep every token, merge nothing [dmc]"))
     flags.add_argument("--ops", choices=OPS, default="fast", help=(
@@ -267,7 +286,7 @@ def flags_of_all_modes():
         "read the prompt from a file"))
     flags.add_argument("--tokens", type=LIMITS["tokens"], help=(
         "how many to generate [256, or fewer where positions end]"))
-    flags.add_argument("--samples", type=number(1, kind=int), default=1, help=(
+    flags.add_argument("--samples", type=number(1, 10 ** 6, int), default=1, help=(
         "how many continuations, each with a seed of its own [1]"))
 
     flags = parser.add_argument_group("sampling")
@@ -295,7 +314,7 @@ def flags_of_all_modes():
     flags.add_argument("--batch", type=number(1, 4096, int), nargs="+", help=(
         "sequences at once [32 on a CPU, 128 on a GPU; with --bench the largest batch, and that "
         "of CR 1]"))
-    flags.add_argument("--cache-gb", type=number(0), help=(
+    flags.add_argument("--cache-gb", type=number(0, 1e6), help=(
         "size of the pool of pages [1 on a CPU, what is left on a GPU]"))
     flags.add_argument("--profile", type=Path, metavar="FILE", help=(
         "write what 20 steps of --prompts spend their time on"))
@@ -307,9 +326,9 @@ def flags_of_all_modes():
     flags.add_argument("--model", choices=[*SHAPES, "toy"], metavar="NAME", help=(
         f"shape of the random weights: {', '.join(SHAPES)} or toy "
         "[llama2-7b on a GPU, toy on a CPU]"))
-    flags.add_argument("--cr", type=number(1), nargs="+", default=[2.0, 4.0, 8.0], metavar="CR",
-                       help="compression ratios besides 1 [2 4 8]")
-    flags.add_argument("--prompt-tokens", type=number(1, kind=int), nargs="+", help=(
+    flags.add_argument("--cr", type=number(1, 1e6), nargs="+", metavar="CR", help=(
+        "compression ratios besides 1, of a model that does not decide [2 4 8]"))
+    flags.add_argument("--prompt-tokens", type=number(1, 2 ** 31 - 1, int), nargs="+", help=(
         "lengths of the prompts [2048 on a GPU, 128 on a CPU]"))
     return parser
 

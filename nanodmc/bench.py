@@ -15,7 +15,7 @@ from nanodmc.cases import Case, bench_cases
 from nanodmc.checkpoint import find_checkpoint
 from nanodmc.cli import OPS, installing, provenance, wrapped
 from nanodmc.engine import Engine, Request
-from nanodmc.files import InputError, read_text, write_json
+from nanodmc.files import InputError, write_json
 from nanodmc.parallel import load_part, over_ranks, random_part, rank_count, this_rank
 from nanodmc.peers import (
     PEERS,
@@ -27,6 +27,9 @@ from nanodmc.peers import (
 )
 from nanodmc.plots import plot_bench
 from nanodmc.pool import PAGE, page_bytes, pages_that_fit
+from nanodmc.prompts import read_prompt
+from nanodmc.results import refuse_files_of
+from nanodmc.terminal import to_show
 from nanodmc.tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------- measuring
@@ -256,8 +259,9 @@ def bench_model(args, device):
         random = lambda i, n: torch.randint(model.config.vocab_size, (n,), generator=rng(i))
         return model, f"{name}, random weights", lambda i, n: random(i, n).tolist()
     folder, root = find_checkpoint(args.ckpt), Path(__file__).parents[1]
+    refuse_files_of(folder, out=args.out)
     files = [args.prompt_file] if args.prompt_file else sorted(root.glob("*.py"))
-    text = "".join(read_text(file, "--prompt-file") for file in files)
+    text = "".join(read_prompt(file) for file in files)
     ids = Tokenizer.from_folder(folder).encode(text, special=False)
 
     def texts(i, n):
@@ -301,7 +305,7 @@ def benchmark(args, device):
            "different as in the paper's figure 6.")
     if ranks > 1:
         how += f" {ranks} ranks share the model; CR, bytes and shares are those of rank 0."
-    print(wrapped(f"{name}. {how}"))
+    print(to_show(wrapped(f"{name}. {how}")))
     rows, facts = [], provenance()
     for prompt in prompts:
         bench = Bench(model, prompt, count, gigabytes, texts)
@@ -319,7 +323,7 @@ def benchmark(args, device):
     drawn = plot_bench(first, plot)
     print("\nThe paper's own ratios, on an H100 with Megatron-LM: 3.4 to 3.7 at CR 4, up to 7\n"
           "at CR 8 (published, not measured here).")
-    print(wrapped(f"Figures are in {path}, drawn in {plot}.") if drawn else
+    print(to_show(wrapped(f"Figures are in {path}, drawn in {plot}.")) if drawn else
           f"{wrapped(f'Figures are in {path}. For a plot too:')}\n{installing('matplotlib')}")
 
 

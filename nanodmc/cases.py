@@ -11,6 +11,7 @@ import torch
 
 from dmc_fast import PagedCache
 from nanodmc.evaluate import decisions
+from nanodmc.files import InputError
 
 
 class Case(NamedTuple):
@@ -57,7 +58,13 @@ def uncompressed(model):
 
 
 def bench_cases(model, crs, ids):
-    """The Cases to compare, the uncompressed one first. ids: a text to see what the model keeps."""
+    """The Cases to compare, the uncompressed one first. ids: a text to see what the model keeps.
+
+    crs: of forced decisions; None: 2, 4 and 8. Raises InputError where the model decides.
+    """
+    if crs and model.config.dmc:
+        raise InputError("--cr has no effect on a DMC model, which decides by itself; "
+                         "leave it out.")
     yield uncompressed(model)
     if model.config.dmc:
         kept = 1 - decisions(model, ids).float().mean(-1).cpu()
@@ -65,7 +72,7 @@ def bench_cases(model, crs, ids):
         return
     deciding = copy.copy(model)                        # the same weights, in a model that decides
     deciding.config = replace(model.config, dmc=True)
-    for cr in crs:
+    for cr in crs or (2.0, 4.0, 8.0):
         kept = kept_parts(model.config, cr)
         cache_class = forced(kept, next(model.parameters()).device)
         yield Case(f"CR {cr:g}", deciding, cache_class, kept, None)

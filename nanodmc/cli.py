@@ -79,8 +79,14 @@ class Parser(argparse.ArgumentParser):
         return args, {name for name, value in given if value is not absent}
 
 
-def number(low, high=float("inf"), kind=float):
-    """The type of a flag: a number of the kind given, from low to high."""
+def number(low, high=None, kind=float):
+    """The type of a flag: a number of the kind given, from low to high.
+
+    high None: the largest finite number, or of whole ones 2^62.
+    """
+    if high is None:
+        high = 2 ** 62 if kind is int else sys.float_info.max
+
     def parse(text):
         value = kind(text)
         if not low <= value <= high:

@@ -17,22 +17,43 @@ import torch
 
 from nanodmc.cli import number, typed
 from nanodmc.engine import Engine, Request, Result
-from nanodmc.files import InputError, one_line, reason
+from nanodmc.files import InputError, one_line, read_text, reason, sync
 from nanodmc.parallel import rank_count, this_rank
 from nanodmc.pool import pages_that_fit
-from nanodmc.results import check_results, drop_errors, model_mark
+from nanodmc.results import as_line, check_results, drop_errors, model_mark
 from nanodmc.sampling import derived_seed
 from nanodmc.tables import duration
 from nanodmc.terminal import moves, to_show
 
-LIMITS = {"tokens": number(1, kind=int), "temperature": number(0), "top_k": number(0, kind=int),
-          "top_p": number(0, 1), "seed": number(0, 2 ** 62, int)}      # of each setting
+LIMITS = {"tokens": number(1, 2 ** 31 - 1, int), "temperature": number(0, 1e6),
+          "top_k": number(0, 2 ** 31 - 1, int), "top_p": number(0, 1),
+          "seed": number(0, 2 ** 62, int)}                             # of each setting
+LONGEST = 2 ** 24        # bytes of a prompt
 
 
 # ---------------------------------------------------------------------------- lines of the files
 
+def read_prompt(path):
+    """The text in the file that --prompt-file names. Raises InputError."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path} is a pipe or a device, no file; check --prompt-file.")
+    if path.is_file() and path.stat().st_size > LONGEST:
+        raise InputError(f"{path} has more than {LONGEST:,} bytes; shorten it.")
+    return read_text(path, "--prompt-file")
+
+
+def bounded(file):
+    """The lines of a file; of a line that is too long for read_line only the start."""
+    while text := file.readline(LONGEST + 2):
+        yield text
+        while len(text) > LONGEST + 1 and not text.endswith(b"\n"):
+            text = file.readline(LONGEST + 2)
+
+
 def read_line(text):
     """The object in a line of prompts: a dict with a prompt. Raises InputError."""
+    if len(text) > LONGEST + 1:
+        raise InputError(f"the line has more than {LONGEST:,} bytes; shorten it.")
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -121,13 +142,22 @@ def result_line(result, tokenizer):
 
 
 def write_line(out, line):
-    """Write a dict as a line of JSON into an unbuffered file. Raises InputError."""
-    data = json.dumps(line).encode() + b"\n"
+    """Write a result, a dict, as a line into an unbuffered file. Raises InputError."""
+    data = as_line(line)
     try:
         while data:
             data = data[out.write(data):]
     except OSError as error:
         raise InputError(f"{out.name} cannot be written ({reason(error)}); free some space, and "
+                         "the same command goes on from here.") from None
+
+
+def save(path):
+    """Wait until a file or a folder is on the disk. Raises InputError."""
+    try:
+        sync(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({reason(error)}); free some space, and "
                          "the same command goes on from here.") from None
 
 
@@ -212,8 +242,8 @@ class Progress:
         """What an interruption left, and how to go on."""
         more = ("The same command goes on." if rank_count() > 1 else
                 f"To go on:\n    {typed('generate.py', *args.command)}")
-        return (f"\nStopped. {self.done - self.failed:,} of {self.total:,} results are in "
-                f"{args.out}. {more}")
+        return to_show(f"\nStopped. {self.done - self.failed:,} of {self.total:,} results are in "
+                       f"{args.out}. {more}")
 
 
 def profiler(path):
@@ -243,10 +273,10 @@ def answer_prompts(args, model, tokenizer, gain, done, name):
     """
     made_by = {"model": model_mark(name), "cache": args.cache}
     with args.prompts.open("rb") as lines:
-        total = args.samples * sum(1 for line in lines if line.strip())
+        total = args.samples * sum(1 for line in bounded(lines) if line.strip())
         lines.seek(0)
         if done:
-            asked = (key for key, _ in read_prompts(lines, args, made_by))
+            asked = (key for key, _ in read_prompts(bounded(lines), args, made_by))
             check_results(args.out, done, asked, args.samples)
             lines.seek(0)
         ready = sum(mark is not None and sample < args.samples
@@ -258,7 +288,7 @@ def answer_prompts(args, model, tokenizer, gain, done, name):
         if None in done.values() and this_rank() == 0:           # all ranks have read them by now
             drop_errors(args.out)
         progress = Progress(engine, total, ready)
-        requests = read_requests(read_prompts(lines, args, made_by), done, tokenizer)
+        requests = read_requests(read_prompts(bounded(lines), args, made_by), done, tokenizer)
         try:
             write_results(args, engine, requests, tokenizer, progress)
         except KeyboardInterrupt:
@@ -274,11 +304,14 @@ def answer_prompts(args, model, tokenizer, gain, done, name):
 
 def write_results(args, engine, requests, tokenizer, progress):
     """Run the requests. Each result becomes a line of args.out, an error also one on stderr."""
-    writes = this_rank() == 0
+    writes, synced = this_rank() == 0, [time.monotonic()]
     with ((args.out if writes else Path(os.devnull)).open("ab", buffering=0) as out,
           profiler(args.profile if writes else None) as profile):
         def each_step():
             progress.show()
+            if writes and time.monotonic() - synced[0] > 1:
+                synced[0] = time.monotonic()
+                save(args.out)
             if profile:
                 profile.step()
         for result in engine.run(requests, each_step):
@@ -289,3 +322,6 @@ def write_results(args, engine, requests, tokenizer, progress):
                 print(to_show(said, sys.stderr), file=sys.stderr)
             write_line(out, line)
             progress.add(result)
+    if writes:
+        save(args.out)
+        save(args.out.resolve().parent)

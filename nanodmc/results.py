@@ -2,15 +2,21 @@
 
 A result is a line of JSON with the number of its prompt's line and of its sample, its id and
 prompt, its `settings` (all that decides the text: model, cache and sampling), and text, tokens,
-finish and cr; or error, a sentence. Errors are tried again whenever the file is continued.
+finish and cr; or error, a sentence. Last comes `check`, a checksum of the rest; older files have
+none. Errors are tried again whenever the file is continued.
 """
 
+import glob
 import hashlib
 import json
 import shutil
+import zlib
+from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 
-from nanodmc.files import InputError, reason, write_atomically
+from nanodmc.files import PARTIAL, InputError, reason, write_atomically
+from nanodmc.locks import Lock
 
 # the files that decide a text: sizes, weights, vocabulary, and which tokens end a text
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -44,11 +50,69 @@ def fingerprint(line):
                  json.dumps(line.get("settings"), sort_keys=True)))
 
 
+def refuse_same_files(**files):
+    """Raise InputError where two flags name one file, by whatever link. files: flag -> path."""
+    given = [(flag, path) for flag, path in files.items() if path]
+    for (flag, path), (other, its) in combinations(given, 2):
+        if path.resolve() == its.resolve() or (
+                path.exists() and its.exists() and path.samefile(its)):
+            one, two = (f"--{name.replace('_', '-')}" for name in (flag, other))
+            raise InputError(f"{one} and {two} are one file, {path}; give {two} another.")
+
+
+def refuse_files_of(folder, **files):
+    """Raise InputError where a file that is to be written is one of the model's in a folder."""
+    theirs = [file for pattern in FILES for file in folder.glob(pattern)]
+    for flag, path in files.items():
+        if path and path.exists() and any(path.samefile(file) for file in theirs):
+            raise InputError(f"{path} belongs to the model; give --{flag} another file.")
+
+
+@contextmanager
+def only_writer(path):
+    """Nobody else writes to this file of results meanwhile, under whatever link.
+
+    What killed writes left beside it goes. Raises InputError where another process holds it.
+    """
+    path = path.resolve()
+    with Lock(path.with_name(f".{path.name}.lock"), path):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+def checksum(line):
+    return f"{zlib.crc32(json.dumps(line).encode()):08x}"
+
+
+def as_line(result):
+    """A result, a dict, as a line of the file, in bytes."""
+    return json.dumps({**result, "check": checksum(result)}).encode() + b"\n"
+
+
+def parsed(text):
+    """The result in a line of the file. Raises ValueError where it is none, or was changed."""
+    result = json.loads(text)
+    if not isinstance(result, dict):
+        raise ValueError
+    check = result.pop("check", None)
+    if check not in (None, checksum(result)):
+        raise ValueError
+    return result
+
+
+def is_torn(text):
+    """Whether this may be what a kill or a power cut left of a last line: a part, then zeros."""
+    text = text.rstrip(b"\0")
+    return text[:9] == b'{"line": '[:len(text)] and b"\0" not in text
+
+
 def read_results(path):
     """What a file has already: {(line, sample): fingerprint, or None for an error}.
 
-    Creates the file if there is none, and cuts off what a kill left of a last line. Raises
-    InputError for a file of anything else, and leaves it as it is.
+    Creates the file if there is none. Behind a whole result, cuts off what a kill or a power cut
+    left of a last line. Raises InputError for a file of anything else or with a damaged line, and
+    leaves it as it is.
     """
     done, end = {}, 0
     if path.exists() and not path.is_file():
@@ -56,20 +120,24 @@ def read_results(path):
     try:
         with path.open("ab+") as f:                         # raises where it cannot be written
             f.seek(0)
-            for text in f:
-                if not text.endswith(b"\n"):
-                    if text[:9] != b'{"line": '[:len(text)]:
-                        raise ValueError
+            for number, text in enumerate(f, 1):
+                if not text.endswith(b"\n") and end and is_torn(text):
                     break
-                result = json.loads(text)
-                place = result["line"], result.get("sample", 0)
-                done[place] = None if "error" in result else fingerprint(result)
+                try:
+                    result = parsed(text)
+                    place = result["line"], result.get("sample", 0)
+                    done[place] = None if "error" in result else fingerprint(result)
+                    if not text.endswith(b"\n"):
+                        raise ValueError
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    raise InputError(
+                        f"{path} has a damaged line, number {number}; delete that line, and the "
+                        "same command answers its prompt anew." if end else
+                        f"{path} is no file of results; name another --out.") from None
                 end += len(text)
             f.truncate(end)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({reason(error)}); check --out.") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise InputError(f"{path} is no file of results; name another --out.") from None
     return done
 
 

@@ -14,6 +14,7 @@ import dmc_fast
 import generate
 from nanodmc import bench, cases, checkpoint, peers
 from nanodmc.config import shape
+from nanodmc.files import InputError
 from nanodmc.peers import PEERS
 from nanodmc.pool import PAGE
 from test_dmc import config_of, qkv, seeds
@@ -34,6 +35,13 @@ def test_forced_decisions_keep_what_they_should(cr, seed):
     expected = 1 + 63 * kept[3]                                  # the first token always appends
     spread = (63 * kept[3] * (1 - kept[3]) / 50).sqrt()
     assert ((cache.lengths[3].double().mean(0) - expected).abs() < 5 * spread + 1e-3).all()
+
+
+def test_a_model_that_decides_takes_no_cr():
+    model = dmc.Transformer(config_of((8, 4)))
+    with pytest.raises(InputError, match="--cr has no effect on a DMC model"):
+        list(cases.bench_cases(model, [3.0], [0]))
+    assert [case.name for case in cases.bench_cases(model, None, [0])][1:] == ["own decisions"]
 
 
 def test_bench_command(tmp_path, capsys, finished, monkeypatch):

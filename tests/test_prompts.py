@@ -149,7 +149,7 @@ def test_results_of_anything_else_are_refused(finished, tmp_path, capsys):
         assert words in refusal(generate.main, [*command, *change], capsys, tmp_path)
     prompts.write_text('{"prompt": "3"}\n')
     assert "other prompts, as of line 2" in refusal(generate.main, command, capsys, tmp_path)
-    lines = [json.dumps({**line, "settings": None}) for line in lines_of(out)]
+    lines = [json.dumps({**line, "settings": None, "check": None}) for line in lines_of(out)]
     out.write_text("".join(line + "\n" for line in lines[:1]))
     assert "does not say how" in refusal(generate.main, command, capsys, tmp_path)
 
