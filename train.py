@@ -41,7 +41,7 @@ import torch.nn.functional as F
 import dmc
 from nanodmc.baselines import pooling_cache
 from nanodmc.checkpoint import load, random_model
-from nanodmc.cli import OPS, Parser, provenance, run_command
+from nanodmc.cli import OPS, Parser, number, provenance, run_command
 from nanodmc.config import shape
 from nanodmc.evaluate import evaluate
 from nanodmc.files import InputError, write_json
@@ -62,7 +62,8 @@ from nanodmc.optim import (
 from nanodmc.parallel import (
     control_rows,
     device_of_this_process,
-    over_ranks,
+    mean,
+    passes_per_step,
     rank_count,
     share_out,
     this_rank,
@@ -71,7 +72,7 @@ from nanodmc.phases import Phase
 from nanodmc.plots import plot_runs
 from nanodmc.runs import open_run
 from nanodmc.settings import PRESETS, add_flags, new_settings, ratios
-from nanodmc.stopping import Stopped, heeded
+from nanodmc.stopping import Stopped, end_at_signals, heeded
 from nanodmc.tables import averaged, show
 from nanodmc.text import batch
 from nanodmc.variants import VARIANTS, compression_term, group_heads
@@ -227,17 +228,13 @@ def train_step(model, optimizer, phase, step, passes, s, teacher=None):
     return StepFigures(loss, kl, 1 / mean(slots).item(), (1 / mean(head_slots)).tolist())
 
 
-def mean(figures):
-    """The mean over the passes of a step, on all ranks."""
-    return over_ranks(torch.stack(figures).mean(0)) / rank_count()
-
-
 # ----------------------------------------------------------------------------- model and batches
 
 def build(run, phase):
     """The model that a phase starts with."""
     s, ops = run.settings, OPS[run.settings.ops]
     if phase.start is not None:
+        run.check_weights(phase.start)
         own = (run.device, s.dtype) if run.ranks == 1 else (None, None)   # else layer by layer
         model = load(run.out / phase.start, ops, *own, **s.method(phase.dmc))
         if phase.grouped > 1:
@@ -265,12 +262,6 @@ def ready(model, s, device):
     if next(model.parameters()).is_cuda:
         compile_parts(model)
     return model
-
-
-def passes_per_step(s):
-    """How many forward and backward passes make up a step on each rank."""
-    share = s.batch // rank_count()
-    return share // (s.micro_batch or share)
 
 
 def passes(run, index, step):
@@ -351,22 +342,24 @@ def parse(argv):
                        help="its folder [runs/1, or the next number that is free]")
     group.add_argument("--resume", action="store_true",
                        help="continue the run in --out, or the newest one")
+    group.add_argument("--redo", action="store_true", help="with --resume: leave a damaged state, "
+                       "and begin the first phase anew whose results are not whole")
     group.add_argument("--preset", choices=PRESETS, metavar="NAME", help="which defaults: "
                        "laptop; llama2-7b, -13b, -70b (the paper's); given (the paper's settings, "
                        "in 600 steps of 64 sequences); short (as given, with decisions as of the "
                        "laptop) [with --init the one that it names, else given; else laptop]")
-    group.add_argument("--memory", type=float, metavar="GB",
+    group.add_argument("--memory", type=number(0, 1e6), metavar="GB",
                        help="what each card may hold [what is free]")
     other = parser.add_argument_group("instead of a run")
     other.add_argument("--plot", type=Path, nargs="+", metavar="RUN", help="draw what runs did so "
                        "far, as RUN/plot.png, and finished ones also as RUN/memory.png")
-    other.add_argument("--bench", type=int, metavar="STEPS", help="measure so many steps of --init "
-                       "llama2-7b or the like with random weights, plain and with DMC, and write "
-                       "bench.json into --out")
+    other.add_argument("--bench", type=number(0, 10 ** 6, int), metavar="STEPS",
+                       help="measure so many steps of --init llama2-7b or the like with random "
+                       "weights, plain and with DMC, and write bench.json into --out")
     add_flags(parser)
     given = vars(parser.parse_args(argv))
     options = argparse.Namespace(**{name: given.pop(name) for name in
-                                    ("out", "resume", "preset", "memory", "plot", "bench")})
+                                    ("out", "resume", "redo", "preset", "memory", "plot", "bench")})
     for name in {"keep", "solidify"} & given.keys():
         given[name] = ratios(name, given[name])
     return given, options
@@ -381,8 +374,8 @@ def carry_out(argv):
         out = options.out or Path("runs")
         measure_speed(new_settings(given, options.preset), options.bench, out)
     else:
-        run = open_run(given, options)
-        with heeded(run):
+        end_at_signals()
+        with open_run(given, options) as run, heeded(run):
             train(run)
 
 

@@ -41,6 +41,33 @@ def over_ranks(x, op="SUM"):
     return x
 
 
+def first_decides(work):
+    """work() on the first rank alone: what it returns, or the InputError it raises, on all."""
+    if not dist.is_initialized():
+        return work()
+    told = [None, None]
+    if this_rank() == 0:
+        try:
+            told[0] = work()
+        except InputError as error:
+            told[1] = str(error)
+    dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
+    if told[1] is not None:
+        raise InputError(told[1])
+    return told[0]
+
+
+def mean(figures):
+    """The mean over the passes of a step, on all ranks."""
+    return over_ranks(torch.stack(figures).mean(0)) / rank_count()
+
+
+def passes_per_step(s):
+    """How many forward and backward passes make up a step on each rank."""
+    share = s.batch // rank_count()
+    return share // (s.micro_batch or share)
+
+
 # ------------------------------------------------------------------------------- heads are split
 
 def part_of(config, ranks):

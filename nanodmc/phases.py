@@ -1,10 +1,11 @@
-"""The phases of a training run, as they follow from its settings."""
+"""The phases of a training run, and the model it starts from, as they follow from its settings."""
 
 import math
 from dataclasses import dataclass, field
 
+from nanodmc.config import read_config, shape
 from nanodmc.files import InputError
-from nanodmc.variants import VARIANTS
+from nanodmc.variants import VARIANTS, check_groups
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Phase:
     def weights(self):
         """The folder of the weights it ends with. A given model that is not trained stays put."""
         return self.out if self.steps or self.start is None else self.start
+
+    @property
+    def results(self):
+        """The folders of all weights that it leaves behind."""
+        return [*self.keep.values(), *([self.out] if self.out and self.weights == self.out else [])]
 
     def learning_rate(self, step, warmup):
         left = min(1.0, (self.steps - step) / self.decay) if self.decay else 1.0
@@ -85,3 +91,21 @@ def solidified(s, cr, retrofit_at, step, control):
     steps = s.solidify_steps + (s.retrofit_steps - step if control else 0)
     return Phase("solidify", f"retrofit-{cr:g}", f"cr{cr:g}", steps, retrofit_at + step, steps,
                  s.lr, cr=(cr, cr), taught=s.distill > 0)
+
+
+def starting_config(settings, given):
+    """The Config of the model that a run starts from. given: the folder of a checkpoint, or None.
+
+    Raises InputError where that model cannot be retrofitted.
+    """
+    config = (settings.small_config() if not settings.init else
+              read_config(given) if given else shape(settings.init))
+    if config.dmc:
+        raise InputError(f"{given} is a DMC model already; give the plain model that it was made "
+                         "of.")
+    if settings.variant == "gqa":
+        check_groups(config, int(settings.cr))
+    if settings.context > config.max_seq_len:
+        raise InputError(f"--context {settings.context} is more than the model's "
+                         f"{config.max_seq_len} positions; lower it.")
+    return config

@@ -1,13 +1,13 @@
 """Every picture that the project draws, with matplotlib where it is installed."""
 
-import json
 
 import numpy as np
 
 from nanodmc.cli import installing
-from nanodmc.files import InputError, read_json, read_lines, write_json
+from nanodmc.files import InputError, read_json, write_json
 from nanodmc.phases import plan
-from nanodmc.settings import Settings
+from nanodmc.records import read_curve
+from nanodmc.settings import read_run
 from nanodmc.tables import averaged
 
 
@@ -54,9 +54,9 @@ def plot_runs(folders):
 def plot_run(figure, axes, folder):
     """Losses, CRs, and the CR of each layer and head (the paper's figures 6 and 7), on 4 axes."""
     path = folder / "metrics.jsonl"
-    entries = [json.loads(line) for line in read_lines(path) if line.endswith("}")]
+    entries = read_curve(path)
     decided = [e for e in entries if "heads" in e]
-    settings = Settings(**read_json(folder / "run.json")["settings"])
+    settings = read_run(folder)["settings"]
     if not decided and settings.variant != "gqa":
         raise InputError(f"{path} has no step with decisions yet; let the run get to its retrofit.")
     plot_curves(axes[0], axes[1], entries, [phase.position for phase in plan(settings)])

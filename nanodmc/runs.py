@@ -9,20 +9,19 @@ import json
 import os
 import shutil
 import time
-from contextlib import contextmanager
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from nanodmc.checkpoint import locate, runs_by_number, save
+from nanodmc.checkpoint import locate, remove_leftovers, runs_by_number, save
+from nanodmc.claim import Claim
 from nanodmc.cli import provenance, typed
-from nanodmc.config import read_config, shape
-from nanodmc.files import InputError, listed, read_json, reason, write_atomically, write_json
+from nanodmc.files import InputError, listed, write_atomically, write_json
 from nanodmc.optim import (
     checked_memory,
     flops_per_token,
@@ -33,107 +32,72 @@ from nanodmc.optim import (
     peak_memory,
     states,
 )
-from nanodmc.parallel import device_of_this_process, gathered, over_ranks, rank_count, this_rank
-from nanodmc.phases import plan
-from nanodmc.settings import new_settings, resumed_settings
+from nanodmc.parallel import (
+    device_of_this_process,
+    first_decides,
+    gathered,
+    over_ranks,
+    rank_count,
+    this_rank,
+)
+from nanodmc.phases import plan, starting_config
+from nanodmc.records import curve_until, read_figures, read_state, write_sealed
+from nanodmc.settings import new_settings, read_run, resumed_settings
+from nanodmc.state import check_weights, load_tensors, save_tensors, whole_phases, writing
 from nanodmc.stopping import Stopped
 from nanodmc.tables import LOG_HEAD, Pace, heat_map, log_line, show, table
 from nanodmc.text import load_data
 from nanodmc.tokenizer import Tokenizer
-from nanodmc.variants import check_groups
 
-BEGINNING = {"phase": 0, "step": 0, "seconds": 0.0, "tensors": None}   # the state of a new run
-
-
-def starting_config(settings, given):
-    """The Config of the model that a run starts from. given: the folder of a checkpoint, or None.
-
-    Raises InputError where that model cannot be retrofitted.
-    """
-    config = (settings.small_config() if not settings.init else
-              read_config(given) if given else shape(settings.init))
-    if config.dmc:
-        raise InputError(f"{given} is a DMC model already; give the plain model that it was made "
-                         "of.")
-    if settings.variant == "gqa":
-        check_groups(config, int(settings.cr))
-    if settings.context > config.max_seq_len:
-        raise InputError(f"--context {settings.context} is more than the model's "
-                         f"{config.max_seq_len} positions; lower it.")
-    return config
-
-
-def check_folder(folder):
-    """Raises InputError where a folder cannot be made, or not be written to. Makes nothing."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        what = "may not be written to" if there.is_dir() else "is no folder"
-        raise InputError(f"{folder} cannot be written ({there} {what}); choose another --out.")
-
-
-@contextmanager
-def writing(folder):
-    """Raises InputError where something in the folder cannot be written."""
-    try:
-        yield
-    except (OSError, RuntimeError, CheckpointException) as error:
-        raise InputError(f"{folder} cannot be written ({root_reason(error)}); free some space, "
-                         "then --resume: the state saved before is whole.") from None
-
-
-def root_reason(error):
-    """files.reason of what led to a failed write, wherever PyTorch keeps it."""
-    # a CheckpointException has the errors of all ranks
-    errors = [first for first, _ in getattr(error, "failures", {}).values()] or [error]
-    for e in errors:
-        if e.__context__ is not None:           # which led to it
-            errors.append(e.__context__)
-        if isinstance(e, OSError) and e.errno:
-            return os.strerror(e.errno)
-    if any("enforce fail" in str(e) for e in errors):       # of the file that torch writes
-        return "a file was cut short, as on a full disk"
-    return reason(errors[0])
+BEGINNING = {"phase": 0, "step": 0, "seconds": 0.0, "tensors": None, "files": None,
+             "curve": None}                                            # the state of a new run
+ANEW = "restore it, or add --redo to begin anew what it spoils"
 
 
 # ----------------------------------------------------------------------------------------- a run
 
 class Run:
-    """A run in its folder: claims the folder, or goes on from its last saved state.
+    """A run in a folder that was claimed: a new one, or one that goes on from its saved state.
 
     memory: bytes that each card may hold; None: what is free. resume: the folder holds the run
-    already. Raises InputError, with nothing written yet, where the run is impossible.
+    already. redo: go on from where its files are whole, without its state. Raises InputError, with
+    nothing written yet, where the run is impossible. `with` gives the folder back.
     """
 
-    def __init__(self, settings, out, memory=None, resume=False):
-        self.settings, self.out = settings, Path(out)
+    def __init__(self, settings, claim, memory=None, resume=False, redo=False):
+        self.settings, self.claim, self.out = settings, claim, claim.out
         self.rank, self.ranks = this_rank(), rank_count()
         self.started = time.perf_counter()
         self.stop = False                 # whether a signal asked the run to end
         self.metrics = None               # metrics.jsonl, once it is open
+        self.curve = 0                    # CRC-32 of its lines
         self.pace = Pace()
         self.recent, self.shown = [], 0   # losses since the last regular line; lines so far
-        if self.has("run.json") and not resume:
-            raise InputError(f"{self.out} already holds a run; add --resume to continue it, or "
-                             "choose another --out.")
-        before = str(self.read_json("run.json").get("text")) if resume else None
+        before = read_run(self.out)["text"] if resume else None
         self.device = device_of_this_process()
         self.given = None                 # the folder of the checkpoint to start from
         if settings.init and not settings.random_weights:
             self.given = locate(settings.init).resolve()
         self.phases = plan(settings, self.given)
         opening = self.check_model(memory)
-        check_folder(self.out)
         opening["text"] = self.read_text(before)
         if resume and before != self.key:
             raise InputError(f"the text is not the one that {self.out} was trained on; restore it, "
                              "or start a new run.")
         self.saved = BEGINNING            # the state that is on disk
-        if resume and self.has("state.json"):
-            self.saved = self.read_json("state.json")
+        if redo:
+            self.saved = BEGINNING | {
+                "phase": first_decides(lambda: whole_phases(self.out, self.phases, ANEW))}
+        elif resume and (self.out / "state.json").exists():
+            self.saved = read_state(self.out / "state.json", self.phases, ANEW)
         self.seconds_before = self.saved["seconds"]
+        first_decides(self.curve_before)
         self.wait()
+        self.tidy()
         self.write_json("run.json", {"settings": asdict(settings),
                                      "train_tokens": len(self.train_tokens), "text": self.key})
+        if redo:
+            self.write_json("state.json", self.saved)
         for name, line in {"run": str(self.out), **opening}.items():
             show(line, name)
         self.show_phases(resume)
@@ -151,7 +115,8 @@ class Run:
         self.tokenizer = Tokenizer.from_folder(self.given) if self.given else Tokenizer.bytes()
         return {
             "model": f"{s.init or 'a small Llama'}, {parameter_count(config):,} parameters: "
-                     f"{config.n_layer} layers, {config.n_head} heads, width {config.dim}",
+                     f"{config.n_layer} layer{'s' * (config.n_layer > 1)}, {config.n_head} heads, "
+                     f"width {config.dim}",
             "memory": checked_memory(memory_plan(config, s, self.ranks), memory or free_memory())}
 
     def read_text(self, key):
@@ -195,26 +160,43 @@ class Run:
         if over_ranks(torch.tensor(float(self.stop))).item():
             raise Stopped
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.metrics is not None:
+            self.metrics.close()
+        self.claim.release()
+
     # ------------------------------------------------------------------------ files and the state
-
-    def has(self, name):
-        return (self.out / name).exists()
-
-    def read_json(self, name):
-        return read_json(self.out / name)
 
     def write_json(self, name, value):
         if self.rank == 0:
-            write_json(self.out / name, value)
+            write_sealed(self.out / name, value)
+
+    def tidy(self):
+        """Remove what a kill left: unfinished writes, and tensors that no state names."""
+        self.remove_states()
+        if self.rank == 0:
+            below = (path for path in self.out.iterdir() if path.is_dir())
+            for folder in (self.out, *(path for path in below if not path.is_symlink())):
+                remove_leftovers(folder)
+
+    def curve_before(self):
+        """The text and the entries of metrics.jsonl that led to the saved state."""
+        s = self.saved
+        return curve_until(self.out / "metrics.jsonl", self.phases, s["phase"], s["step"], ANEW,
+                           s["curve"])
+
+    def check_weights(self, folder):
+        """Raises InputError where the weights that an earlier phase left are not as saved."""
+        if self.out / folder != Path(folder):           # a given model may have no checksum
+            first_decides(lambda: check_weights(self.out / folder, ANEW))
 
     def load_state(self, model, optimizer):
         """Read the saved tensors into a model and its optimizer. Any number of ranks saved them."""
-        path = self.out / self.saved["tensors"]
-        try:
-            dcp.load(states(model, optimizer), checkpoint_id=path, no_dist=self.ranks == 1)
-        except (Exception, CheckpointException) as error:      # many kinds for a damaged file
-            raise InputError(
-                f"{path} is damaged ({type(error).__name__}); start a new run.") from None
+        load_tensors(self.out / self.saved["tensors"], states(model, optimizer),
+                     self.saved["files"], ANEW)
         for moments in optimizer.state.values():
             moments["step"].fill_(self.saved["step"])
 
@@ -225,18 +207,19 @@ class Run:
         at any moment, or a full disk, leaves the old state or the new one.
         """
         name = f"state-{index}-{step}" if model is not None else None
+        files = self.saved["files"] if name == self.saved["tensors"] else None
         with writing(self.out):
             if name and name != self.saved["tensors"]:
                 self.remove_states()
                 try:
-                    dcp.save(states(model, optimizer), checkpoint_id=self.out / name,
-                             no_dist=self.ranks == 1)
+                    files = save_tensors(self.out / name, states(model, optimizer))
                 except (Exception, CheckpointException):
                     shutil.rmtree(self.out / name, ignore_errors=True)
                     raise
             if self.rank == 0:                # the curve is on disk before the state it leads to
                 os.fsync(self.metrics.fileno())
-        self.saved = {"phase": index, "step": step, "seconds": self.seconds(), "tensors": name}
+        self.saved = {"phase": index, "step": step, "seconds": self.seconds(), "tensors": name,
+                      "files": files, "curve": self.curve}
         self.write_json("state.json", self.saved)
         self.remove_states()
         self.wait()
@@ -264,12 +247,13 @@ class Run:
 
     def figures(self, folder):
         """What `save_figures` wrote: a dict with loss, cr and heads."""
-        return self.read_json(f"{folder}/figures.json")
+        return read_figures(self.out / folder / "figures.json", ANEW)
 
     def finish(self, summary):
         """Write summary.json and show the table and the heat map."""
         facts = {"seconds": self.seconds(), "settings": asdict(self.settings), **provenance()}
-        self.write_json("summary.json", summary | facts)
+        if self.rank == 0:
+            write_json(self.out / "summary.json", summary | facts)
         print(table(summary))
         print(heat_map(summary["dmc"][-1]["heads"]))
         print(f"\n{facts['seconds']:.0f} s. Everything is in {self.out}. Next:\n"
@@ -283,13 +267,12 @@ class Run:
             self.metrics = Path(os.devnull).open("a")  # noqa: SIM115 - closed with the run
             return
         path = self.out / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        entries = [json.loads(line) for line in lines if line.endswith("}")]
-        kept = [e for e in entries if (e["index"], e["step"]) < (index, step)]
+        text, entries = self.curve_before()
         last_shown = step - step % self.settings.log_every
-        self.recent = [e["loss"] for e in kept if e["index"] == index and e["step"] >= last_shown]
-        text = "".join(json.dumps(e) + "\n" for e in kept)
+        self.recent = [e["loss"] for e in entries
+                       if e["index"] == index and e["step"] >= last_shown]
         write_atomically(path, lambda f: f.write_text(text))
+        self.curve = zlib.crc32(text.encode())
         self.metrics = path.open("a", buffering=1)  # noqa: SIM115
 
     def record(self, index, step, figures, seconds):
@@ -312,7 +295,9 @@ class Run:
         if heads and (step + 1 in phase.keep or step % s.log_every == 0 or last):
             entry["heads"] = [[round(cr, 3) for cr in layer] for layer in heads]
         with writing(self.out):
-            self.metrics.write(json.dumps(entry) + "\n")
+            line = json.dumps(entry) + "\n"
+            self.metrics.write(line)
+            self.curve = zlib.crc32(line.encode(), self.curve)
         self.recent.append(loss)
         regular = last or (step + 1) % s.log_every == 0
         if regular or self.shown == 0:        # something appears after the first step already
@@ -339,16 +324,25 @@ class Run:
 def open_run(given, options):
     """The Run that the flags ask for: a new one, or with --resume one that goes on.
 
-    given: settings, a dict. options: a namespace with out, resume, preset and memory (GB).
+    given: settings, a dict. options: a namespace with out, resume, redo, preset and memory (GB).
     """
-    memory = options.memory and options.memory * 1e9
-    if options.resume:
-        out = options.out or next(reversed(runs_by_number()), None)
+    memory, resume, out = options.memory and options.memory * 1e9, options.resume, options.out
+    if options.redo and not resume:
+        raise InputError("--redo is for a run that is there; add --resume.")
+    if resume:
+        newest = (path for path in reversed(runs_by_number()) if (path / "run.json").exists())
+        out = out or next(newest, None)
         if out is None:
             raise InputError("there is no run to resume in runs; give its folder with --out.")
-        return Run(resumed_settings(out, given), out, memory, resume=True)
-    numbers = [int(path.name) for path in runs_by_number()]
-    out = options.out or Path("runs") / str(max(numbers, default=0) + 1)
-    if given.get("init") and not given.get("data") and not given.get("random_weights"):
-        raise InputError("--init needs text to train on; add --data FILE.")     # before a download
-    return Run(new_settings(given, options.preset), out, memory)
+    else:
+        if given.get("init") and not given.get("data") and not given.get("random_weights"):
+            raise InputError("--init needs text to train on; add --data FILE.")  # no download yet
+        settings = new_settings(given, options.preset)
+    claim = Claim(out, resume)
+    try:
+        if resume:
+            settings = resumed_settings(claim.out, given)
+        return Run(settings, claim, memory, resume, options.redo)
+    except BaseException:
+        claim.release()
+        raise

@@ -10,8 +10,9 @@ import torch
 from nanodmc.checkpoint import locate
 from nanodmc.cli import OPS
 from nanodmc.config import SHAPES, checked_config, read_config, shape
-from nanodmc.files import InputError, read_json
+from nanodmc.files import InputError
 from nanodmc.phases import plan
+from nanodmc.records import damaged, is_number, read_sealed
 from nanodmc.variants import VARIANTS
 
 
@@ -40,6 +41,31 @@ def full_path(name):
 def full_path_of_folder(name):
     """The absolute path of a folder; any other name as it is."""
     return full_path(name) if Path(name).is_dir() else name
+
+
+LARGEST, LARGEST_SEED = 10 ** 9, 2 ** 63 - 1
+
+
+def check_type(field, value):
+    """Raises InputError where the value of a setting, which may be from a file, is no such value.
+
+    Those whose default is None may be None; a list is of numbers, or of names.
+    """
+    if value is None and field.default is None:
+        return
+    words = field.name == "data"
+    good = {int: is_number(value, kind=int) or isinstance(value, int) and field.default is value,
+            float: isinstance(value, int | float) and not isinstance(value, bool),
+            bool: isinstance(value, bool),
+            str: isinstance(value, str),
+            list: isinstance(value, list) and bool(value) and all(
+                isinstance(x, str) if words else is_number(x) for x in value)}
+    if not good[field.type]:
+        raise InputError(f"{flag(field.name)} is {str(value)[:100]!r}; give a "
+                         f"{'list' if field.type is list else field.type.__name__}.")
+    choices = field.metadata["argument"].get("choices")
+    if choices and value not in choices:
+        raise InputError(f"{flag(field.name)} is {value[:100]!r}; choose {', '.join(choices)}.")
 
 
 @dataclass(frozen=True)
@@ -134,6 +160,8 @@ class Settings:
     log_every: int = setting("output", 40, "steps from one line on the screen to the next")
 
     def __post_init__(self):
+        for f in fields(self):
+            check_type(f, getattr(self, f.name))
         may_be_zero = {"seed", "micro_batch", "pretrain_steps", "channel_lr_factor", "cr_weight",
                        "window", "c", "warmup", "weight_decay", "random_weights", "control",
                        "distill"}
@@ -142,6 +170,8 @@ class Settings:
         for name, value in numbers.items():
             if not 0 <= value < math.inf:
                 raise InputError(f"{flag(name)} is {value}; give a number that is not negative.")
+            if value > (LARGEST_SEED if name == "seed" else LARGEST):
+                raise InputError(f"{flag(name)} is above {LARGEST:,}; lower it.")
         for name, value in numbers.items():
             if value == 0 and name not in may_be_zero:
                 raise InputError(f"{flag(name)} is 0; give a number above 0.")
@@ -273,17 +303,37 @@ def positions(settings):
     return read_config(locate(settings.init)).max_seq_len
 
 
+def read_run(out):
+    """What run.json says of the run in a folder: settings, and text, a key. Raises InputError.
+
+    Settings that are newer than the run have their defaults.
+    """
+    path = out / "run.json"
+    record = read_sealed(path, {"settings", "train_tokens", "text"})
+    saved, known = record["settings"], {f.name for f in fields(Settings)}
+    if not isinstance(saved, dict) or not isinstance(record["text"], str):
+        raise damaged(path, "it has no settings or no text")
+    if odd := sorted(saved.keys() - known):
+        raise InputError(f"{path} has settings that this version lacks: {', '.join(odd)[:100]}; "
+                         "resume with the version that began the run.")
+    try:
+        record["settings"] = Settings(**saved)
+    except InputError as error:
+        raise damaged(path, str(error).partition(";")[0]) from None
+    return record
+
+
 def resumed_settings(out, given):
     """The Settings of the run in folder `out`, changed by the flags given now.
 
     Raises InputError where a flag changes what the run has already been trained with.
     """
-    saved = read_json(out / "run.json")["settings"]
+    before = read_run(out)["settings"]
     for name, value in given.items():
-        if saved[name] != value and name not in CHANGEABLE:
-            raise InputError(f"{flag(name)} was {saved[name]} when {out} began; resume without it, "
-                             "or start a new run.")
-    before, settings = Settings(**saved), Settings(**{**saved, **given})
+        if getattr(before, name) != value and name not in CHANGEABLE:
+            raise InputError(f"{flag(name)} was {getattr(before, name)} when {out} began; resume "
+                             "without it, or start a new run.")
+    settings = replace(before, **given)
     if plan(replace(settings, lr=before.lr))[:len(plan(before))] != plan(before):
         raise InputError("--solidify can name more CRs only behind those that it named before, and "
                          "without a control; start a new run.")

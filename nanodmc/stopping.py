@@ -7,6 +7,8 @@ from contextlib import contextmanager, redirect_stdout
 from nanodmc.cli import typed
 from nanodmc.terminal import OutputLost
 
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
 
 class Stopped(KeyboardInterrupt):
     """A signal asked the run to end."""
@@ -35,6 +37,18 @@ class Lenient:
             self.lose()
 
 
+def heed(handler):
+    """From now on these signals call handler(number, frame). A parent may ignore SIGHUP: nohup."""
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def end_at_signals():
+    """Until `heeded`, signals end the command as Ctrl-C does: what is open is closed first."""
+    heed(signal.default_int_handler)
+
+
 @contextmanager
 def heeded(run):
     """Meanwhile signals, and the loss of standard output, set run.stop.
@@ -42,9 +56,7 @@ def heeded(run):
     Where the run raises Stopped, having saved its state, this says so and how to go on.
     """
     ask = lambda *_: setattr(run, "stop", True)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:     # as by nohup
-            signal.signal(number, ask)
+    heed(ask)
     screen = Lenient(sys.stdout, ask)
     try:
         with redirect_stdout(screen):

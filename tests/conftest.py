@@ -89,6 +89,12 @@ def summary(out):
     return {key: x for key, x in facts.items() if key not in ("seconds", "command")}
 
 
+def same_weights(run, other, folder="cr3"):
+    """Whether two runs made the same model."""
+    ours, theirs = (checkpoint.load(path / folder).state_dict() for path in (run, other))
+    return all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 class PowerCut(BaseException):
     pass
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train
-from conftest import HERE, SHORT, TINY, PowerCut, curve, dies, interrupted, summary
+from conftest import HERE, SHORT, TINY, PowerCut, curve, dies, interrupted, snapshot, summary
 from dmc import Transformer, rotary_table
 from nanodmc import checkpoint, parallel
+from nanodmc.locks import Lock
 from test_dmc import assert_close, config_of, groups, model_of, seeds
 
 pytestmark = pytest.mark.usefixtures("one_thread")       # faster for tiny models
@@ -56,6 +58,19 @@ def test_two_processes_train_like_one_and_resume_each_others_state(tmp_path, tex
         assert ours.get("kl") == pytest.approx(theirs.get("kl"), abs=1e-5)
     for ours, theirs in zip(summary(out)["dmc"], summary(whole)["dmc"], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+
+
+def test_every_rank_hears_that_another_process_writes(tmp_path, finished, text):
+    out = shutil.copytree(finished, tmp_path / "run")
+    before = snapshot(out)
+    with Lock(out / ".lock", "the run"):
+        two = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+             "2", str(HERE / "train.py"), "--resume", "--out", str(out)], capture_output=True,
+            text=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert two.returncode and f"is being written by process {os.getpid()}" in two.stderr
+    assert two.stderr.count("is being written by") == 2
+    assert snapshot(out) == before
 
 
 @given(seeds, groups)

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,10 +37,11 @@ from conftest import (
     dies,
     interrupted,
     refusal,
+    same_weights,
     single_threaded,
     summary,
 )
-from nanodmc import runs
+from nanodmc import runs, state
 from nanodmc.checkpoint import load
 from nanodmc.files import InputError
 from nanodmc.stopping import Stopped, heeded
@@ -51,11 +51,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")       # faster for tiny model
 
 def break_model(model):
     model.norm.weight.data.fill_(math.nan)
-
-
-def same_weights(run, other, folder="cr3"):
-    ours, theirs = (load(path / folder).state_dict() for path in (run, other))
-    return all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 # ------------------------------------------------------------------------------------ interruptions
@@ -119,8 +114,8 @@ def test_an_output_that_is_gone_stops_and_saves(tmp_path, finished, text, kind):
     assert code == 130, said
     assert "Traceback" not in said and "Exception" not in said
     assert f"train.py --resume --out {out}" in said and "Stopped, and saved" in said
-    state = json.loads((out / "state.json").read_text())
-    assert 0 < state["step"] + 10 * state["phase"] < 50 and not (out / "summary.json").exists()
+    saved = json.loads((out / "state.json").read_text())
+    assert 0 < saved["step"] + 10 * saved["phase"] < 50 and not (out / "summary.json").exists()
     assert train.main(["--out", str(out), "--resume"]) == 0
     assert [{**e, "heads": 0} for e in curve(out)] == [{**e, "heads": 0} for e in curve(finished)]
 
@@ -146,10 +141,10 @@ def test_a_full_disk_under_the_output_stops_and_saves(tmp_path, text, capsys, mo
 
 def test_nohup_is_heeded(finished):
     """A run whose parent ignores SIGHUP ignores it too."""
-    run = runs.open_run(*train.parse(["--resume", "--out", str(finished)]))
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with heeded(run):
+        options = train.parse(["--resume", "--out", str(finished)])
+        with runs.open_run(*options) as run, heeded(run):
             os.kill(os.getpid(), signal.SIGHUP)
             run.stop_if_asked()
             os.kill(os.getpid(), signal.SIGTERM)
@@ -258,11 +253,11 @@ def test_the_reason_that_nothing_can_be_written_is_said_in_words(error, says):
             raise RuntimeError("[enforce fail at inline_container.cc:672]") from None
 
     for raised in (error, CheckpointException("write", {0: (error, [])})):
-        with pytest.raises(InputError) as told, runs.writing("run"):
+        with pytest.raises(InputError) as told, state.writing("run"):
             raise raised
         assert f"run cannot be written ({says}); free" in str(told.value)
     if isinstance(error, OSError) and error.errno:
-        with pytest.raises(InputError) as told, runs.writing("run"):
+        with pytest.raises(InputError) as told, state.writing("run"):
             led_to_another()
         assert says in str(told.value)
 
@@ -283,8 +278,8 @@ def test_a_scheduler_stops_a_run_between_two_passes(tmp_path, text, capsys):
         patch.setattr(train, "batch", asked)
         assert train.main(["--out", str(out), *arguments]) == 130
     assert f"--resume --out {out}" in capsys.readouterr().out
-    state = json.loads((out / "state.json").read_text())
-    assert (state["phase"], state["step"]) == (2, 1)
+    saved = json.loads((out / "state.json").read_text())
+    assert (saved["phase"], saved["step"]) == (2, 1)
     assert train.main(["--out", str(out), "--resume"]) == 0
     assert curve(out) == curve(whole) and same_weights(out, whole)
 
@@ -333,7 +328,7 @@ def test_a_run_opens_with_what_it_is_about(finished_run, text):
     opening = finished_run.printed[:finished_run.printed.index("\nphase  ")]
     words = " ".join(opening.split())
     size = sum(p.numel() for p in load(finished_run.out / "pretrained").parameters())
-    for part in ("run finished", "1 layers", "2 heads", f"{size:,} parameters",
+    for part in ("run finished", "1 layer,", "2 heads", f"{size:,} parameters",
                  Path(text).name, "pretrain 6", "free 3", "retrofit 5", "solidify 2 6",
                  "solidify 3 3", "control 11", "34 steps", "GB: weights"):
         assert part in words, part
