@@ -11,6 +11,10 @@
                                         a web page with those of all heads
     python generate.py --prompts in.jsonl --out out.jsonl
                                         continue many prompts at once
+    python generate.py --compare runs/1 its models, averaging and eviction
+                                        policies side by side, on one text
+    python generate.py --tasks piqa,boolq
+                                        benchmarks by lm_eval
     python generate.py --bench          what compression does for throughput
                                         (figure 5 of the paper)
     torchrun --nproc_per_node 2 generate.py ...
@@ -30,13 +34,16 @@ from pathlib import Path
 
 import torch
 
+from nanodmc import benchmarks
 from nanodmc.bench import benchmark
 from nanodmc.checkpoint import SHAPES, find_checkpoint
 from nanodmc.cli import OPS, Parser, number, run_command, silence, wrapped
+from nanodmc.compare import compare
 from nanodmc.engine import EMPTY, checked_count
 from nanodmc.files import InputError, read_json, read_text, write_atomically
 from nanodmc.merges import merged_segments, merges_page, show_segments
 from nanodmc.parallel import load_part, over_ranks, random_part, rank_count, this_rank
+from nanodmc.policies import POLICIES
 from nanodmc.prompts import LIMITS, answer_prompts
 from nanodmc.results import read_results
 from nanodmc.sampling import chooser, generate
@@ -52,6 +59,9 @@ TAKES = {            # what has an effect in each mode, besides ckpt and device
     "": f"random_weights cache ops prompt prompt_file {SAMPLING}",
     "--show-merges": "show_merges random_weights ops prompt prompt_file",
     "--prompts": f"prompts random_weights cache {SAMPLING} out batch cache_gb profile",
+    "--compare": "compare policy cr data tokens out ops",
+    "--tasks": "tasks include limit random_weights cache ops seed out",
+    "--tasks --policy": "tasks include limit policy cr ops seed out",
     "--bench": "bench model cr prompt_tokens tokens batch cache_gb out",
     "--bench --ckpt": "bench prompt_file cr prompt_tokens tokens batch cache_gb out"}
 
@@ -66,8 +76,11 @@ def run(args):
                          "each; run it without torchrun.")
     if args.prompts:
         check_prompts(args)
-    if args.bench:
-        benchmark(args, device)
+    if args.bench or args.compare:
+        (benchmark if args.bench else compare)(args, device)
+        return
+    if args.tasks is not None:
+        benchmarks.measure(args, lambda: model_for_tasks(args, device))
         return
     done = read_results(args.out) if args.prompts else None
     model, tokenizer, name, facts = find_model(args, device)
@@ -120,6 +133,12 @@ def find_model(args, device):
     folder = find_checkpoint(args.ckpt)
     model, tokenizer = load_part(folder, ops, device), Tokenizer.from_folder(folder)
     return model, tokenizer, folder, read_json(folder / "config.json").get("dmc", {})
+
+
+def model_for_tasks(args, device):
+    """The model, its tokenizer, its name and the gain that --cache asks for."""
+    model, tokenizer, name, facts = find_model(args, device)
+    return model, tokenizer, name, chosen_gain(args, model, facts)
 
 
 def chosen_gain(args, model, facts):
@@ -223,6 +242,7 @@ def show_merges(where, model, tokenizer, prompt, name):
 def parse(argv):
     """The arguments, and as `command` a list of them as they were typed. Raises InputError."""
     args, given = flags_of_all_modes().parse_given(argv)
+    args.cr = [cr for part in args.cr for cr in part]
     args.command = sys.argv[1:] if argv is None else list(argv)
     refuse_idle_flags(args, given)
     return args
@@ -230,17 +250,20 @@ def parse(argv):
 
 def refuse_idle_flags(args, given):
     """Raise InputError where a flag was given that has no effect in the mode asked for."""
-    modes = [mode for mode in ("--bench", "--prompts", "--show-merges")
+    modes = [mode for mode in ("--bench", "--compare", "--tasks", "--prompts", "--show-merges")
              if getattr(args, mode[2:].replace("-", "_"))]
     mode = modes[0] if modes else ""
     if mode == "--bench" and args.ckpt:
         mode = "--bench --ckpt"
-    idle = given - {"ckpt", "device", *TAKES[mode].split()}
+    if mode == "--tasks" and args.policy:
+        mode = "--tasks --policy"
+    idle = given - {"device", *TAKES[mode].split()} - ({"ckpt"} if mode != "--compare" else set())
     if {"prompt", "prompt_file"} <= given - idle:
         raise InputError("--prompt and --prompt-file are two prompts; leave one of them out.")
     for name in sorted(idle):
         flag = "--" + name.replace("_", "-")
-        needs = [other for other in ("--prompts", "--bench") if name in TAKES[other].split()]
+        needs = [other for other in ("--prompts", "--bench", "--compare", "--tasks")
+                 if name in TAKES[other].split()]
         what = f"with {mode}" if mode else f"without {' or '.join(needs)}"
         raise InputError(f"{flag} has no effect {what}; leave it out.")
 
@@ -307,11 +330,31 @@ def flags_of_all_modes():
     flags.add_argument("--model", choices=[*SHAPES, "toy"], metavar="NAME", help=(
         f"shape of the random weights: {', '.join(SHAPES)} or toy "
         "[llama2-7b on a GPU, toy on a CPU]"))
-    flags.add_argument("--cr", type=number(1), nargs="+", default=[2.0, 4.0, 8.0], metavar="CR",
+    flags.add_argument("--cr", type=ratios, nargs="+", default=[[2.0, 4.0, 8.0]], metavar="CR",
                        help="compression ratios besides 1 [2 4 8]")
     flags.add_argument("--prompt-tokens", type=number(1, kind=int), nargs="+", help=(
         "lengths of the prompts [2048 on a GPU, 128 on a CPU]"))
+
+    flags = parser.add_argument_group("comparison")
+    flags.add_argument("--compare", nargs="+", metavar="NAME", help=(
+        "measure runs (a folder of train.py: all its models) and models side by side on a held-out "
+        "text, with averaging and --policy for plain ones; --cr, --tokens [16384 of the text] and "
+        "--out FILE.json, with FILE.md and FILE.png, count here too"))
+    flags.add_argument("--policy", metavar="NAMES", help=(
+        f"eviction policies with commas between [{','.join(POLICIES)}]"))
+    flags.add_argument("--data", nargs="+", metavar="FILE", help=(
+        "the held-out text [what the run validates on]"))
+
+    benchmarks.add_flags(parser)
     return parser
+
+
+def ratios(text):
+    """The type of --cr: one ratio, or several with commas between."""
+    return [number(1)(cr) for cr in text.split(",")]
+
+
+ratios.kind, ratios.__name__ = float, "float"            # for the help and for argparse's errors
 
 
 def main(argv=None):

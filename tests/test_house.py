@@ -14,8 +14,10 @@ ORDER = [["dmc"],
          *([name] for name in (
              "interrupts", "files", "locks", "terminal", "cli", "config", "checkpoint", "parallel",
              "added_tokens", "splits", "tokenizer", "documents", "text", "settings", "tables",
-             "optim", "evaluate", "baselines", "sampling", "plots", "stopping", "runs", "pool",
-             "engine", "results", "prompts", "merges", "peers", "cases", "bench")),
+             "optim", "evaluate", "baselines", "policies", "sampling", "plots", "stopping", "runs",
+             "heldout", "contenders", "comparison", "compare", "pool", "engine", "results",
+             "prompts", "merges", "peers", "cases", "bench",
+             "scoring", "humaneval", "harness", "benchmarks")),
          ["train", "generate"]]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 MODULES = {**{path.stem: path for path in HERE.glob("nanodmc/*.py") if path.stem != "__init__"},
