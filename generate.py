@@ -11,6 +11,10 @@
                                         a web page with those of all heads
     python generate.py --prompts in.jsonl --out out.jsonl
                                         continue many prompts at once
+    python generate.py --compare runs/1 its models, averaging and eviction
+                                        policies side by side, on one text
+    python generate.py --tasks piqa,boolq
+                                        benchmarks by lm_eval
     python generate.py --bench          what compression does for throughput
                                         (figure 5 of the paper)
     torchrun --nproc_per_node 2 generate.py ...
@@ -30,17 +34,20 @@ from pathlib import Path
 
 import torch
 
+from nanodmc import benchmarks
 from nanodmc.bench import benchmark
 from nanodmc.checkpoint import SHAPES, find_checkpoint, verify
 from nanodmc.cli import OPS, Parser, number, run_command, silence, wrapped
+from nanodmc.compare import compare
 from nanodmc.engine import EMPTY, checked_count
-from nanodmc.files import InputError, read_json, write_atomically
-from nanodmc.merges import merged_segments, merges_page, show_segments
+from nanodmc.files import InputError, read_json
+from nanodmc.merges import show_merges
 from nanodmc.parallel import load_part, over_ranks, random_part, rank_count, this_rank
+from nanodmc.policies import POLICIES
 from nanodmc.prompts import LIMITS, answer_prompts, read_prompt
 from nanodmc.results import only_writer, read_results, refuse_files_of, refuse_same_files
 from nanodmc.sampling import chooser, generate
-from nanodmc.terminal import has_colours, to_show
+from nanodmc.terminal import to_show
 from nanodmc.tokenizer import Tokenizer
 
 interrupts.catch()
@@ -52,6 +59,9 @@ TAKES = {            # what has an effect in each mode, besides ckpt and device
     "": f"random_weights verify cache ops prompt prompt_file {SAMPLING}",
     "--show-merges": "show_merges random_weights verify ops prompt prompt_file",
     "--prompts": f"prompts random_weights verify cache {SAMPLING} out batch cache_gb profile",
+    "--compare": "compare policy cr data tokens out ops",
+    "--tasks": "tasks include limit random_weights cache ops seed out",
+    "--tasks --policy": "tasks include limit policy cr ops seed out",
     "--bench": "bench model cr prompt_tokens tokens batch cache_gb out",
     "--bench --ckpt": "bench prompt_file cr prompt_tokens tokens batch cache_gb out"}
 
@@ -69,8 +79,11 @@ def run(args):
                       profile=args.profile, show_merges=page)
     if args.prompts:
         check_prompts(args)
-    if args.bench:
-        benchmark(args, device)
+    if args.bench or args.compare:
+        (benchmark if args.bench else compare)(args, device)
+        return
+    if args.tasks is not None:
+        benchmarks.measure(args, lambda: model_for_tasks(args, device))
         return
     if args.prompts:
         with nullcontext() if this_rank() else only_writer(args.out):
@@ -133,6 +146,12 @@ def find_model(args, device):
         verify(folder)
     model, tokenizer = load_part(folder, ops, device), Tokenizer.from_folder(folder)
     return model, tokenizer, folder, read_json(folder / "config.json").get("dmc", {})
+
+
+def model_for_tasks(args, device):
+    """The model, its tokenizer, its name and the gain that --cache asks for."""
+    model, tokenizer, name, facts = find_model(args, device)
+    return model, tokenizer, name, chosen_gain(args, model, facts)
 
 
 def chosen_gain(args, model, facts):
@@ -204,38 +223,12 @@ def in_columns(title, items, width=80):
     return title.ljust(indent) + ("\n" + " " * indent).join(lines)
 
 
-# ------------------------------------------------------------------------------- what was merged
-
-def show_merges(where, model, tokenizer, prompt, name):
-    """Print the prompt cut into the segments of the head `where`, or write a page of all heads."""
-    if not model.config.dmc:
-        raise InputError("this is a plain model, whose heads merge nothing; "
-                         "choose a checkpoint such as runs/1/cr4.")
-    if where.endswith(".html"):
-        page = merges_page(model, prompt, tokenizer, name)
-        write_atomically(where, lambda f: f.write_text(page, encoding="utf-8"))
-        print(wrapped(f"The segments of {len(prompt)} tokens in every layer and head are in "
-                      f"{shown(where)}; open it in a browser."))
-        return
-    layers, heads = model.config.n_layer, model.config.n_kv_head
-    layer, _, head = where.partition(".")
-    if not (layer.isdecimal() and head.isdecimal() and int(layer) < layers and int(head) < heads):
-        raise InputError(f"--show-merges {where} names no head; give LAYER.HEAD, "
-                         f"from 0.0 to {layers - 1}.{heads - 1}, or PAGE.html.")
-    segments = merged_segments(model, prompt, int(layer), int(head))
-    print(f"layer {layer}, head {head}: {len(prompt)} tokens in {len(segments)} slots, "
-          f"CR {len(prompt) / len(segments):.2f}\n")
-    if has_colours(sys.stdout):
-        print(show_segments(segments, tokenizer, colour=True))
-    else:
-        print(to_show(show_segments(segments, tokenizer, colour=False)))
-
-
 # ------------------------------------------------------------------------------ the command line
 
 def parse(argv):
     """The arguments, and as `command` a list of them as they were typed. Raises InputError."""
     args, given = flags_of_all_modes().parse_given(argv)
+    args.cr = args.cr and [cr for part in args.cr for cr in part]
     args.command = sys.argv[1:] if argv is None else list(argv)
     refuse_idle_flags(args, given)
     return args
@@ -243,12 +236,14 @@ def parse(argv):
 
 def refuse_idle_flags(args, given):
     """Raise InputError where a flag was given that has no effect in the mode asked for."""
-    modes = [mode for mode in ("--bench", "--prompts", "--show-merges")
+    modes = [mode for mode in ("--bench", "--compare", "--tasks", "--prompts", "--show-merges")
              if getattr(args, mode[2:].replace("-", "_"))]
     mode = modes[0] if modes else ""
     if mode == "--bench" and args.ckpt:
         mode = "--bench --ckpt"
-    idle = given - {"ckpt", "device", *TAKES[mode].split()}
+    if mode == "--tasks" and args.policy:
+        mode = "--tasks --policy"
+    idle = given - {"device", *TAKES[mode].split()} - ({"ckpt"} if mode != "--compare" else set())
     if {"prompt", "prompt_file"} <= given - idle:
         raise InputError("--prompt and --prompt-file are two prompts; leave one of them out.")
     if not mode and args.samples > 1 and args.temperature == 0:
@@ -257,7 +252,8 @@ def refuse_idle_flags(args, given):
         raise InputError("--verify has no effect with --random-weights; leave it out.")
     for name in sorted(idle):
         flag = "--" + name.replace("_", "-")
-        needs = [other for other in ("--prompts", "--bench") if name in TAKES[other].split()]
+        needs = [other for other in ("--prompts", "--bench", "--compare", "--tasks")
+                 if name in TAKES[other].split()]
         what = f"with {mode}" if mode else f"without {' or '.join(needs)}"
         raise InputError(f"{flag} has no effect {what}; leave it out.")
 
@@ -326,11 +322,31 @@ def flags_of_all_modes():
     flags.add_argument("--model", choices=[*SHAPES, "toy"], metavar="NAME", help=(
         f"shape of the random weights: {', '.join(SHAPES)} or toy "
         "[llama2-7b on a GPU, toy on a CPU]"))
-    flags.add_argument("--cr", type=number(1, 1e6), nargs="+", metavar="CR", help=(
+    flags.add_argument("--cr", type=ratios, nargs="+", metavar="CR", help=(
         "compression ratios besides 1, of a model that does not decide [2 4 8]"))
     flags.add_argument("--prompt-tokens", type=number(1, 2 ** 31 - 1, int), nargs="+", help=(
         "lengths of the prompts [2048 on a GPU, 128 on a CPU]"))
+
+    flags = parser.add_argument_group("comparison")
+    flags.add_argument("--compare", nargs="+", metavar="NAME", help=(
+        "measure runs (a folder of train.py: all its models) and models side by side on a held-out "
+        "text, with averaging and --policy for plain ones; --cr, --tokens [16384 of the text] and "
+        "--out FILE.json, with FILE.md and FILE.png, count here too"))
+    flags.add_argument("--policy", metavar="NAMES", help=(
+        f"eviction policies with commas between [{','.join(POLICIES)}]"))
+    flags.add_argument("--data", nargs="+", metavar="FILE", help=(
+        "the held-out text [what the run validates on]"))
+
+    benchmarks.add_flags(parser)
     return parser
+
+
+def ratios(text):
+    """The type of --cr: one ratio, or several with commas between."""
+    return [number(1, 1e6)(cr) for cr in text.split(",")]
+
+
+ratios.kind, ratios.__name__ = float, "float"            # for the help and for argparse's errors
 
 
 def main(argv=None):

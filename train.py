@@ -136,13 +136,13 @@ def end_phase(run, phase, model):
     if phase.out is None:
         return
     loss, cr, heads = evaluate(model, run.val_tokens, run.settings)
+    facts = {"phase": phase.name, "target_cr": phase.aim, "cr": cr} if phase.dmc else {}
     if phase.grouped > 1:               # beside the model that had all heads
         cr, heads = cr * phase.grouped, [[x * phase.grouped for x in row] for row in heads]
+        facts = {"kv_heads_before_gqa": model.config.n_kv_head * phase.grouped}
     if phase.weights == phase.out:
-        facts = {"phase": phase.name, "target_cr": phase.cr and phase.cr[1], "cr": cr}
-        run.save_model(model, phase.out, **(facts if phase.dmc else {}))
-    target = float(phase.grouped) if phase.grouped > 1 else phase.cr and phase.cr[1]
-    run.save_figures(phase.out, loss, cr, heads, target)
+        run.save_model(model, phase.out, **facts)
+    run.save_figures(phase.out, loss, cr, heads, phase.aim)
 
 
 def compare(run):
@@ -348,7 +348,7 @@ def parse(argv):
                        "laptop; llama2-7b, -13b, -70b (the paper's); given (the paper's settings, "
                        "in 600 steps of 64 sequences); short (as given, with decisions as of the "
                        "laptop) [with --init the one that it names, else given; else laptop]")
-    group.add_argument("--memory", type=number(0, 1e6), metavar="GB",
+    group.add_argument("--memory", type=number(1e-6, 1e6), metavar="GB",
                        help="what each card may hold [what is free]")
     other = parser.add_argument_group("instead of a run")
     other.add_argument("--plot", type=Path, nargs="+", metavar="RUN", help="draw what runs did so "

@@ -3,12 +3,15 @@
 import base64
 import codecs
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 
+from nanodmc.cli import wrapped
 from nanodmc.evaluate import decisions
-from nanodmc.terminal import COLOURS, RESET, harmless
+from nanodmc.files import InputError, write_atomically
+from nanodmc.terminal import COLOURS, RESET, harmless, has_colours, to_show
 
 TEMPLATE = Path(__file__).with_name("merges.html")
 
@@ -57,3 +60,31 @@ def merges_page(model, ids, tokenizer, name):
                        "merges": base64.b64encode(packed).decode()})
     data = data.replace("<", "\\u003c")                     # so no text can end the script element
     return TEMPLATE.read_text(encoding="utf-8").replace("DATA", data)
+
+
+def show_merges(where, model, tokenizer, prompt, name):
+    """--show-merges: print the prompt, ids, cut into one head's segments, or write a page of all.
+
+    where: "LAYER.HEAD" or "PAGE.html". name: the model's. Raises InputError.
+    """
+    if not model.config.dmc:
+        raise InputError("this is a plain model, whose heads merge nothing; "
+                         "choose a checkpoint such as runs/1/cr4.")
+    if where.endswith(".html"):
+        page = merges_page(model, prompt, tokenizer, name)
+        write_atomically(where, lambda f: f.write_text(page, encoding="utf-8"))
+        print(wrapped(f"The segments of {len(prompt)} tokens in every layer and head are in "
+                      f"{to_show(where)}; open it in a browser."))
+        return
+    layers, heads = model.config.n_layer, model.config.n_kv_head
+    layer, _, head = where.partition(".")
+    if not (layer.isdecimal() and head.isdecimal() and int(layer) < layers and int(head) < heads):
+        raise InputError(f"--show-merges {where} names no head; give LAYER.HEAD, "
+                         f"from 0.0 to {layers - 1}.{heads - 1}, or PAGE.html.")
+    segments = merged_segments(model, prompt, int(layer), int(head))
+    print(f"layer {layer}, head {head}: {len(prompt)} tokens in {len(segments)} slots, "
+          f"CR {len(prompt) / len(segments):.2f}\n")
+    if has_colours(sys.stdout):
+        print(show_segments(segments, tokenizer, colour=True))
+    else:
+        print(to_show(show_segments(segments, tokenizer, colour=False)))

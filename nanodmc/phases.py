@@ -31,6 +31,11 @@ class Phase:
         return f"{self.name} {self.cr[1]:g}" if self.name == "solidify" else self.name
 
     @property
+    def aim(self):
+        """The CR that its model is to have, or None where it keeps every token in every head."""
+        return float(self.grouped) if self.grouped > 1 else self.cr and self.cr[1]
+
+    @property
     def weights(self):
         """The folder of the weights it ends with. A given model that is not trained stays put."""
         return self.out if self.steps or self.start is None else self.start

@@ -216,6 +216,46 @@ def plot_analyses(facts, path):
     return True
 
 
+def plot_comparison(rows, text, path):
+    """Loss against memory, a line for each method, from the plain model's whole cache on.
+
+    rows, text: as `generate.py --compare` writes them. Loss is in nats per token, or per byte where
+    tokenizers differ. Bars are standard errors of the difference to the plain model, which read the
+    same text. Returns whether matplotlib is there.
+    """
+    figure = new_figure(6.4, 4)
+    if figure is None:
+        return False
+    axes = figure.subplots()
+    unit = "token" if text["same_tokenizer"] else "byte"
+    scale = lambda row: row[f"nats_per_{unit}"] / row["nats_per_token"]
+    point = lambda row: (row["cache_bytes"] / 1000, row[f"nats_per_{unit}"],
+                         (row["above_plain_stderr"] or 0.0) * scale(row))
+    arguments = list(dict.fromkeys(row["argument"] for row in rows))
+    for number, method in enumerate(dict.fromkeys((r["argument"], r["method"]) for r in rows)):
+        mine = [row for row in rows if (row["argument"], row["method"]) == method]
+        label = method[1] if len(arguments) == 1 else f"{method[0]}: {method[1]}"
+        plain = [r for r in rows if (r["argument"], r["method"]) == (method[0], "plain")]
+        if method[1] == "plain":
+            for row in mine:
+                axes.annotate(row["name"], point(row)[:2], (-5, 5), fontsize=7, ha="right",
+                              textcoords="offset points")
+        else:
+            mine = sorted(plain[-1:] + mine, key=lambda row: -row["cache_bytes"])
+        x, y, bars = zip(*map(point, mine), strict=True)
+        axes.errorbar(x, y, bars, label=label, marker="o", markersize=4, capsize=2, linewidth=1.2,
+                      elinewidth=0.7, color=f"C{number % 10}",
+                      linestyle="none" if method[1] == "plain" else "-")
+    axes.set_xlabel(f"cache in use after {text['context']:,} tokens or the text's end, mean (kB)")
+    axes.set_ylabel(f"nats per {unit}; bars: standard error\nof the difference to the plain model")
+    axes.set_title(text["name"], fontsize=9)
+    axes.set_xlim(0, None)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    return True
+
+
 def plot_bench(rows, path):
     """Figure 5: tokens/s by CR, at the largest batch and at that of CR 1.
 

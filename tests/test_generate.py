@@ -142,7 +142,7 @@ def test_generate_refuses(case, messy_folder, capsys, finished):
 
 
 @pytest.mark.parametrize("flags, said", [
-    ("--prompt x --out f", "--out has no effect without --prompts or --bench;"),
+    ("--prompt x --out f", "--out has no effect without --prompts or --bench or --compare"),
     ("--prompt x --batch 2", "--batch has no effect without --prompts"),
     ("--prompt x --prompt-file short", "--prompt and --prompt-file are two prompts"),
     ("--cr 2", "--cr has no effect without --bench"),

@@ -1,0 +1,239 @@
+"""Everything that is compared with DMC side by side: one held-out text, through real caches."""
+
+import math
+import time
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from dmc import wide
+from nanodmc.checkpoint import load
+from nanodmc.claim import check_folder
+from nanodmc.cli import OPS, provenance, wrapped
+from nanodmc.comparison import Progress, about, markdown, table
+from nanodmc.contenders import Subject, all_cases
+from nanodmc.files import InputError, listed, write_atomically, write_json
+from nanodmc.heldout import chosen, given_documents, pieces
+from nanodmc.parallel import rank_count
+from nanodmc.plots import plot_comparison
+
+TOKENS = 16_384        # of the held-out text, unless --tokens says so
+
+
+# ------------------------------------------------------------------------------------- measuring
+
+class Measured(NamedTuple):
+    """Of each piece, in the order of the pieces; fp64."""
+
+    nats: torch.Tensor       # summed over its tokens
+    slots: torch.Tensor      # summed over layers and heads
+    padded: torch.Tensor     # the same, where all heads of a layer are as long as the longest
+    allocated: float | None  # bytes, summed over the pieces
+    seconds: float
+
+
+@torch.no_grad()
+def measure(model, case, cut, each=lambda tokens: None):
+    """Take Pieces through a case's cache, those of one length together. Returns Measured.
+
+    each: is called after each batch with the tokens in it.
+    """
+    weight, began = model.lm_head.weight, time.perf_counter()
+    figures, allocated = torch.zeros(3, len(cut), dtype=torch.float64), []
+    length = lambda i: len(cut[i].ids) - 1
+    for tokens, same in groupby(sorted(range(len(cut)), key=length, reverse=True), key=length):
+        make, same, rows = case.make_cache(model, tokens), list(same), max(1, 4096 // tokens)
+        for part in (same[i:i + rows] for i in range(0, len(same), rows)):
+            ids = torch.tensor([cut[i].ids for i in part], device=weight.device)
+            cache = make(model.config, len(part), weight.device, weight.dtype)
+            figures[0, part] = nats(model, ids[:, :-1], ids[:, 1:], cache).cpu()
+            lengths = cache.lengths.double().cpu()                           # (L, B, G)
+            figures[1, part] = lengths.sum((0, 2))
+            figures[2, part] = lengths.amax(2).sum(0) * lengths.size(2)
+            if hasattr(cache, "bytes"):
+                allocated.append(cache.bytes.allocated)
+            del cache
+            each(tokens * len(part))
+    return Measured(*figures, sum(allocated) if allocated else None, time.perf_counter() - began)
+
+
+def nats(model, x, y, cache, chunk=2048):
+    """What the tokens y (B, T) after x cost, summed over T: (B,), fp64.
+
+    The logits of `chunk` tokens are made at a time.
+    """
+    hidden, _ = model.hidden(x, cache)
+    steps, total = max(1, chunk // len(x)), 0
+    for h, targets in zip(hidden.split(steps, 1), y.split(steps, 1), strict=True):
+        logits = wide(model.lm_head(h)).transpose(1, 2)
+        total = total + F.cross_entropy(logits, targets, reduction="none").double().sum(1)
+    return total
+
+
+def ratio_and_error(amounts, sizes):
+    """sum(amounts) / sum(sizes), and its standard error over the units; None for a single unit.
+
+    The residuals are amount - ratio * size, since both differ between units. For units of one size
+    it is the standard error of their mean.
+    """
+    n, ratio = len(amounts), amounts.sum() / sizes.sum()
+    if n < 2:
+        return ratio.item(), None
+    squares = ((amounts - ratio * sizes) ** 2).sum()
+    return ratio.item(), (math.sqrt(n / (n - 1) * squares.item()) / sizes.sum()).item()
+
+
+def by_unit(x, cut):
+    """Figures of pieces summed over each document; of a single document, as they are."""
+    number = torch.tensor([piece.document for piece in cut])
+    if number.max() == number.min():
+        return x
+    _, number = number.unique(return_inverse=True)
+    return torch.zeros(int(number.max()) + 1, dtype=x.dtype).index_add(0, number, x)
+
+
+def row_of(case, cut, measured, itemsize, plain=None):
+    """A row of the comparison, a dict.
+
+    itemsize: bytes of a number in the cache. plain: the nats of each piece by the plain model that
+    the case is compared with, or None.
+    """
+    config, double = case.config, torch.float64
+    heads = case.heads or config.n_kv_head
+    tokens = torch.tensor([len(piece.ids) - 1 for piece in cut], dtype=double)
+    sizes = torch.tensor([piece.bytes for piece in cut], dtype=double)
+    over = lambda amounts, parts: ratio_and_error(by_unit(amounts, cut), by_unit(parts, cut))
+    (loss, error), (per_byte, byte_error) = (over(measured.nats, x) for x in (tokens, sizes))
+    above = over(measured.nats - plain, tokens) if plain is not None else (None, None)
+    count = tokens.sum().item()
+    slots, full = measured.slots.sum().item(), count * config.n_layer * heads
+    mean_bytes = slots * 2 * config.head_dim * itemsize / len(cut)
+    return {
+        "name": case.name, "model": str(case.folder), "argument": case.argument,
+        "method": case.method, "asked_cr": case.cr, "cr": full / slots,
+        "padded_cr": full / measured.padded.sum().item(),
+        "nats_per_token": loss, "stderr": error,
+        "nats_per_byte": per_byte, "stderr_per_byte": byte_error,
+        "above_plain": above[0], "above_plain_stderr": above[1],
+        "cache_bytes": mean_bytes, "cache_bytes_per_token": mean_bytes * len(cut) / count,
+        "allocated_bytes": measured.allocated and measured.allocated / len(cut),
+        "tokens": int(count), "tokens_per_second": count / measured.seconds}
+
+
+# ------------------------------------------------------------------------------------- --compare
+
+def held_out(subjects, data, tokens, context):
+    """The texts that all models see, and what they are called. Raises InputError."""
+    if data:
+        texts, name = given_documents(data), listed([Path(file).name for file in data])
+    else:
+        runs = [subject for subject in subjects if subject.settings]
+        if not runs:
+            raise InputError("--compare of models without a run needs a held-out text; add --data "
+                             "FILE.")
+        if len({subject.key for subject in runs}) > 1:
+            raise InputError("the runs were trained on different texts; give one that is held out "
+                             "from all with --data.")
+        texts, name = runs[0].texts(), f"the validation text of {runs[0].argument}"
+    return chosen(texts, subjects[0].tokenizer, tokens, context), name
+
+
+def checked_out(out):
+    """Raise InputError where --out cannot take a comparison. Writes nothing."""
+    if out.suffix != ".json":
+        raise InputError(f"--out {out} is no name for a comparison; let it end with .json.")
+    if taken := [path for path in map(out.with_suffix, (".json", ".md", ".png")) if path.exists()]:
+        raise InputError(f"{taken[0]} is there already; choose another --out, or remove it.")
+    check_folder(out.parent)
+
+
+class Comparison:
+    """The rows so far, and where they go. Raises InputError where nothing can be compared.
+
+    arguments, policies, ratios, data, tokens, out: as the flags of generate.py; policies a list.
+    """
+
+    def __init__(self, arguments, policies, ratios, data, tokens, out):
+        subjects = [Subject(argument) for argument in dict.fromkeys(arguments)]
+        self.cases = all_cases(subjects, policies, ratios)
+        self.context = min(subject.context for subject in subjects)
+        self.out, self.rows = out, []
+        if out:
+            checked_out(out)
+        self.texts, name = held_out(subjects, data, tokens or TOKENS, self.context)
+        self.cut = {subject.argument: pieces(self.texts, subject.tokenizer, self.context)
+                    for subject in subjects}
+        vocabularies = {subject.tokenizer.files["tokenizer.json"] for subject in subjects}
+        self.text = {
+            "name": name, "documents": len(self.texts),
+            "tokens": sum(len(piece.ids) - 1 for piece in self.cut[subjects[0].argument]),
+            "bytes": sum(len(text.encode()) for text in self.texts), "context": self.context,
+            "stderr_over": "documents" if len(self.texts) > 1 else "pieces of one document",
+            "same_tokenizer": len(vocabularies) == 1}
+        self.facts = provenance()
+        self.plain = {subject.argument: subject.plain[1] for subject in subjects if subject.plain}
+
+    def run(self, ops, device):
+        """Measure all Cases, and write what there is after each."""
+        progress = Progress(len(self.cases), self.text["tokens"])
+        model, loaded, nats_of = None, None, {}
+        for number, case in enumerate(self.cases):
+            if loaded != case.folder:
+                model, loaded = None, case.folder                 # one model in memory at a time
+                model = load(case.folder, ops, device)
+            cut = self.cut[case.argument]
+            progress.begin(case, self.cases[number + 1:])
+            measured = measure(model, case, cut, progress.add)
+            if case.method == "plain":
+                nats_of[case.folder] = measured.nats
+            plain = nats_of.get(self.plain.get(case.argument))
+            self.rows.append(row_of(case, cut, measured, model.lm_head.weight.itemsize, plain))
+            progress.end()
+            self.write()
+        progress.clear()
+
+    def write(self):
+        """The rows so far, as JSON and as Markdown."""
+        if not self.out:
+            return
+        write_json(self.out, {"rows": self.rows, "text": self.text, **self.facts})
+        page = markdown(self.rows, self.text)
+        write_atomically(self.out.with_suffix(".md"),
+                         lambda f: f.write_text(page, encoding="utf-8"))
+
+    def where(self):
+        """Where the rows are, as a sentence."""
+        return f" They are in {self.out} and {self.out.with_suffix('.md')}." if self.out else ""
+
+
+def compare(args, device):
+    """--compare: a row for each model, and for its plain model with every policy at every CR.
+
+    args: compare, policy (names with commas between, or None), cr, data, tokens, out, ops. Raises
+    InputError.
+    """
+    if rank_count() > 1:
+        raise InputError("--compare runs in one process; run it without torchrun.")
+    policies = None if args.policy is None else [p for p in args.policy.split(",") if p]
+    ratios = args.cr or [2.0, 4.0, 8.0]
+    done = Comparison(args.compare, policies, ratios, args.data, args.tokens, args.out)
+    text = done.text
+    print(wrapped(about(text)) + "\n")
+    try:
+        done.run(OPS[args.ops], device)
+    except KeyboardInterrupt:
+        print("\n" + table(done.rows, text) if done.rows else "")
+        print(wrapped(f"Stopped. {len(done.rows)} of {len(done.cases)} rows are done."
+                      + done.where() * bool(done.rows)))
+        raise
+    print(table(done.rows, text))
+    said = done.where()
+    if args.out:
+        picture = Path(args.out).with_suffix(".png")
+        drawn = plot_comparison(done.rows, text, picture)
+        said += f" {picture} is the plot." if drawn else ""
+    if said:
+        print("\n" + wrapped(said.strip()))
