@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 
 from nanodmc import benchmarks
+from nanodmc.analyses import write_analyses
 from nanodmc.bench import benchmark
 from nanodmc.checkpoint import SHAPES, find_checkpoint, verify
 from nanodmc.cli import OPS, Parser, number, run_command, silence, wrapped
@@ -59,6 +60,7 @@ TAKES = {            # what has an effect in each mode, besides ckpt and device
     "": f"random_weights verify cache ops prompt prompt_file {SAMPLING}",
     "--show-merges": "show_merges random_weights verify ops prompt prompt_file",
     "--prompts": f"prompts random_weights verify cache {SAMPLING} out batch cache_gb profile",
+    "--analyse": "analyse verify data tokens ops",
     "--compare": "compare policy cr data tokens out ops",
     "--tasks": "tasks include limit random_weights cache ops seed out",
     "--tasks --policy": "tasks include limit policy cr ops seed out",
@@ -94,6 +96,10 @@ def run(args):
         return
     text = read_prompt(args.prompt_file) if args.prompt_file else args.prompt
     model, tokenizer, name, facts = find_model(args, device)
+    if args.analyse:
+        print(f"{shown(name)}\n")
+        write_analyses(args.analyse, Path(name), model, tokenizer, args.data, args.tokens)
+        return
     prompt = tokenizer.encode(text, prefix=True)
     if not prompt:
         raise InputError(EMPTY)
@@ -236,8 +242,8 @@ def parse(argv):
 
 def refuse_idle_flags(args, given):
     """Raise InputError where a flag was given that has no effect in the mode asked for."""
-    modes = [mode for mode in ("--bench", "--compare", "--tasks", "--prompts", "--show-merges")
-             if getattr(args, mode[2:].replace("-", "_"))]
+    modes = [mode for mode in ("--bench", "--compare", "--tasks", "--prompts", "--analyse",
+                               "--show-merges") if getattr(args, mode[2:].replace("-", "_"))]
     mode = modes[0] if modes else ""
     if mode == "--bench" and args.ckpt:
         mode = "--bench --ckpt"
@@ -252,7 +258,7 @@ def refuse_idle_flags(args, given):
         raise InputError("--verify has no effect with --random-weights; leave it out.")
     for name in sorted(idle):
         flag = "--" + name.replace("_", "-")
-        needs = [other for other in ("--prompts", "--bench", "--compare", "--tasks")
+        needs = [other for other in ("--prompts", "--bench", "--compare", "--tasks", "--analyse")
                  if name in TAKES[other].split()]
         what = f"with {mode}" if mode else f"without {' or '.join(needs)}"
         raise InputError(f"{flag} has no effect {what}; leave it out.")
@@ -301,6 +307,11 @@ def flags_of_all_modes():
         "LAYER.HEAD: print the prompt cut into one head's segments, and stop; "
         "PAGE.html: write a web page with those of all heads"))
 
+    flags.add_argument("--analyse", type=Path, metavar="FOLDER", help=(
+        "write analyses.json and analyses.png: CR of layers and heads, by length, merges by "
+        "position, and whether slots begin where words do (figures 6 and 8 to 12); --data and "
+        "--tokens [65536 of the text] count here too"))
+
     flags = parser.add_argument_group("many prompts")
     flags.add_argument("--prompts", type=Path, metavar="FILE", help=(
         'continue many prompts, a line of JSON each: {"prompt": "..."}, and if wanted id, tokens, '
@@ -335,7 +346,7 @@ def flags_of_all_modes():
     flags.add_argument("--policy", metavar="NAMES", help=(
         f"eviction policies with commas between [{','.join(POLICIES)}]"))
     flags.add_argument("--data", nargs="+", metavar="FILE", help=(
-        "the held-out text [what the run validates on]"))
+        "the held-out text of --compare and --analyse [what the run validates on]"))
 
     benchmarks.add_flags(parser)
     return parser

@@ -1,13 +1,22 @@
-"""What a model's heads decide, in the numbers of the paper's figures 6 and 8 to 12.
+"""What a model's heads decide on a text: the paper's figures 6 and 8 to 12.
 
 `merges` are the decisions on a text, a bool array (L, G, T) for each of its pieces: True where a
 head merged token t into the slot before it. A piece is a document, or a part of one that fits the
 model's positions.
 """
 
+from pathlib import Path
+
 import numpy as np
 
+from nanodmc.claim import check_folder
+from nanodmc.cli import provenance, wrapped
+from nanodmc.contenders import Subject
 from nanodmc.evaluate import decisions
+from nanodmc.files import InputError, listed, write_json
+from nanodmc.heldout import chosen, given_documents
+from nanodmc.plots import plot_analyses
+from nanodmc.terminal import to_show
 
 
 def pieces_of(documents, size):
@@ -119,3 +128,44 @@ def analyse(model, documents, token_bytes, bins=16):
         "figure 9": {"first, last position, mean alpha": by_position(merges, bins)},
         "figure 12": {"agreement with words of layers and heads":
                       agreement(merges, word_starts(pieces, token_bytes)).tolist()}}
+
+
+# ------------------------------------------------------------------------------------- --analyse
+
+def texts_of(folder, data):
+    """The texts to look at, and what they are called. Raises InputError.
+
+    data: files, or None: what the run in whose folder the model lies validates on.
+    """
+    if data:
+        return given_documents(data), listed([Path(file).name for file in data])
+    if not (folder.parent / "run.json").is_file():
+        raise InputError("--analyse of a model without a run needs a text; add --data FILE.")
+    return Subject(folder.parent).texts(), f"the validation text of {folder.parent}"
+
+
+def write_analyses(out, folder, model, tokenizer, data, tokens):
+    """--analyse: what a model's heads decide on a text, into the folder `out`, as JSON and PNG.
+
+    folder: the model's. tokens: how many of the text at most; None: 65,536. Raises InputError.
+    """
+    if not model.config.dmc:
+        raise InputError("this is a plain model, whose heads merge nothing; "
+                         "choose a checkpoint such as runs/1/cr4.")
+    check_folder(out)
+    texts, name = texts_of(folder, data)
+    texts = chosen(texts, tokenizer, tokens or 2 ** 16, model.config.max_seq_len)
+    documents = [tokenizer.encode(text, special=False, prefix=True) for text in texts]
+    if max(map(len, documents)) < 2:
+        raise InputError("the text has no document of two tokens; give another with --data.")
+    facts = analyse(model, documents, tokenizer.token_bytes)
+    write_json(out / "analyses.json", {"model": str(folder), "text": name, **facts, **provenance()})
+    drawn = plot_analyses(facts, out / "analyses.png")
+    words = facts["figure 12"]["agreement with words of layers and heads"]
+    best = max((x, layer, head) for layer, row in enumerate(words) for head, x in enumerate(row))
+    print(wrapped(to_show(
+        f"{facts['tokens']:,} tokens of {name}: CR {facts['cr']:.2f}, and "
+        f"{facts['padded_cr']:.2f} in a cache that pads every head to its layer's longest. Most "
+        f"like words are the slots of layer {best[1]}, head {best[2]}: correlation {best[0]:.2f}. "
+        f"{out / 'analyses.json'} has the figures"
+        + (f", and {out / 'analyses.png'} shows them." if drawn else "."))))

@@ -2,6 +2,8 @@
 
 import torch
 
+from dmc_fast import PagedCache
+
 
 class PoolingCache:
     """A cache that averages every `every` tokens with equal weights, whatever the model decides.
@@ -26,3 +28,21 @@ class PoolingCache:
 def pooling_cache(make, every):
     """A function that makes a PoolingCache (appendix E). make: a Cache, or what makes one."""
     return lambda *args, **kwargs: PoolingCache(make(*args, **kwargs), every)
+
+
+class PoolingPages(PagedCache):
+    """A PagedCache for a model of the variant fmp, whose sequences come and go.
+
+    Each is averaged by its own age, where the model knows one position for all.
+    """
+
+    def step(self, layer, q, k, v, alpha, omega):
+        """As PagedCache.step, where alpha means nothing."""
+        if alpha is not None:
+            alpha = (self.ages[layer] % self.config.every > 0).to(alpha.dtype)[..., None]
+        return super().step(layer, q, k, v, alpha, omega)
+
+
+def paged_cache(config):
+    """The class of PagedCache for a model with this Config."""
+    return PoolingPages if getattr(config, "every", None) else PagedCache

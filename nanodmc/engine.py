@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from dmc_fast import PagedCache, full_pages
+from dmc_fast import full_pages
+from nanodmc.baselines import paged_cache
 from nanodmc.files import InputError
 from nanodmc.parallel import over_ranks, rank_count
 from nanodmc.sampling import NOT_NUMBERS, SETTINGS, likeliest, next_logits, sample
@@ -104,10 +105,10 @@ class Engine:
     rank where it holds the most, so that all hosts schedule alike and what fits, fits everywhere.
 
     pages None: enough for every row at full length. stops: tokens that end a text. gain: as in
-    Transformer.hidden. cache_class: PagedCache, or a subclass of it.
+    Transformer.hidden. cache_class: PagedCache, or a subclass of it; None: what suits the model.
     """
 
-    def __init__(self, model, rows, pages=None, stops=(), gain=None, cache_class=PagedCache):
+    def __init__(self, model, rows, pages=None, stops=(), gain=None, cache_class=None):
         weight, config = next(model.parameters()), model.config
         self.model, self.stops, self.gain = model, set(stops), gain
         self.heads = config.n_layer * config.n_kv_head
@@ -115,6 +116,7 @@ class Engine:
             raise InputError(f"the pool has {pages} pages for {self.heads} heads; "
                              "raise --cache-gb.")
         device, pages = weight.device, full_pages(config, rows) if pages is None else pages
+        cache_class = cache_class or paged_cache(config)
         self.cache = cache_class(config, rows, device, weight.dtype, pages=pages)
         self.cache.release(slice(None))
         self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)   # for the next step

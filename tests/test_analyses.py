@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import generate
+from conftest import oracle, refusal
 from nanodmc import analyses
 from nanodmc.tokenizer import Tokenizer
 from test_dmc import model_of, seeds
@@ -117,3 +121,35 @@ def test_all_of_it_is_json_and_sees_every_token():
     assert [row[0] for row in facts["figure 8"]["length, cr, standard error"]] == [
         1, 2, 4, 8, 16, 32, 64]
     json.dumps(facts, allow_nan=False)
+
+
+# ------------------------------------------------------------------------------------- --analyse
+
+def test_analyses_are_written_and_drawn(finished, tmp_path, capsys, text):
+    oracle("matplotlib")
+    command = ["--ckpt", str(finished), "--analyse", str(tmp_path / "a"), "--tokens", "300"]
+    assert generate.main(command) == 0
+    facts = json.loads((tmp_path / "a/analyses.json").read_text())
+    assert 16 < facts["tokens"] <= 300 and facts["text"] == f"the validation text of {finished}"
+    assert f"CR {facts['cr']:.2f}" in capsys.readouterr().out
+    assert (tmp_path / "a/analyses.png").read_bytes().startswith(b"\x89PNG")
+    assert generate.main([*command, "--data", text]) == 0
+    assert json.loads((tmp_path / "a/analyses.json").read_text())["text"] == "text.txt"
+
+
+def test_analyses_need_no_matplotlib(finished, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    command = ["--ckpt", str(finished), "--analyse", str(tmp_path), "--tokens", "99"]
+    assert generate.main(command) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["analyses.json"]
+
+
+def test_what_cannot_be_analysed_is_refused(finished, plain, tmp_path, capsys):
+    told = lambda *flags: refusal(generate.main, list(flags), capsys, tmp_path)
+    out = ["--analyse", str(tmp_path / "a")]
+    assert "plain model" in told("--ckpt", str(finished / "control"), *out)
+    alone = shutil.copytree(finished / "cr2", tmp_path / "alone")
+    assert "add --data" in told("--ckpt", str(alone), *out)
+    (tmp_path / "file").touch()
+    assert "no folder" in told("--ckpt", str(finished), "--analyse", str(tmp_path / "file"))
+    assert "no effect" in told("--ckpt", str(finished), *out, "--cr", "2")

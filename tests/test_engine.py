@@ -23,6 +23,7 @@ from nanodmc import checkpoint, flash_attention, sampling
 from nanodmc.engine import Engine, Request, Sequence
 from nanodmc.files import InputError
 from nanodmc.tokenizer import Tokenizer
+from nanodmc.variants import VariantConfig, ops_of
 from test_dmc import config_of, kernels, model_of, on_cpu, seeds
 from test_flash_attention import fake_gpu  # noqa: F401
 
@@ -30,7 +31,7 @@ from test_flash_attention import fake_gpu  # noqa: F401
 def alone(model, request, stops=(), gain=None):
     """The ids and the CR that one request gets by itself, from dmc.py."""
     dtype = next(model.parameters()).dtype
-    reference = Transformer(model.config).to(dtype)
+    reference = Transformer(model.config, ops_of(model.config, dmc)).to(dtype)
     reference.load_state_dict(model.state_dict())
     cache = Cache(model.config, 1, dtype=dtype)
     choose = sampling.chooser(**{name: getattr(request, name) for name in sampling.SETTINGS})
@@ -85,6 +86,20 @@ def test_every_request_gets_what_it_gets_alone(one_thread, seed, c, ops, rows, p
         else:
             assert result.ids == ids and result.cr == pytest.approx(cr)
             assert result.finish == ("length" if len(ids) == result.request.count else "stop")
+    assert_nothing_is_lost(engine)
+
+
+@on_cpu
+@given(seeds, st.integers(2, 5), st.integers(1, 4), st.sampled_from([2, 5, 7]))
+@settings(max_examples=10)
+def test_fixed_pooling_goes_by_each_sequences_own_age(one_thread, seed, every, rows, pages):
+    config = VariantConfig(**vars(config_of((4, 1))), variant="fmp", every=every)
+    model = Transformer(config, ops_of(config, dmc_fast)).double()
+    model.load_state_dict(model_of(seed % 20, (4, 1)).state_dict())
+    engine = Engine(model, rows, 2 * pages)
+    for result in engine.run(requests_of(seed, 5)):
+        if not result.error:
+            assert_as_alone(model, result)
     assert_nothing_is_lost(engine)
 
 
