@@ -105,12 +105,12 @@ def check_answers(found, expected):
 
 
 def killed(command, seconds):
-    """Kill a command after so long, if it did not end or kill itself before.
+    """Kill a command after so long, if it did not end, refuse or kill itself before.
 
     Raises Failed where it ended badly, or a process outlives it.
     """
     if command.ended_within(seconds) and command.signal != signal.SIGKILL:
-        command.check(0)
+        command.check(0, 2)
     command.kill()
     if not command.alone():
         raise Failed("a process outlives the one that was killed")
