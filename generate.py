@@ -307,7 +307,7 @@ def flags_of_all_modes():
         "LAYER.HEAD: print the prompt cut into one head's segments, and stop; "
         "PAGE.html: write a web page with those of all heads"))
 
-    flags.add_argument("--analyse", type=Path, metavar="FOLDER", help=(
+    flags.add_argument("--analyse", type=Path, metavar="DIR", help=(
         "write analyses.json and analyses.png: CR of layers and heads, by length, merges by "
         "position, and whether slots begin where words do (figures 6 and 8 to 12); --data and "
         "--tokens [65536 of the text] count here too"))

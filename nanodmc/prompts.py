@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections import deque
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -142,12 +142,17 @@ def result_line(result, tokenizer):
 
 
 def write_line(out, line):
-    """Write a result, a dict, as a line into an unbuffered file. Raises InputError."""
-    data = as_line(line)
+    """Write a result, a dict, as a line into an unbuffered file, whole or not at all.
+
+    Raises InputError.
+    """
+    data, end = as_line(line), os.fstat(out.fileno()).st_size
     try:
         while data:
             data = data[out.write(data):]
     except OSError as error:
+        with suppress(OSError):                     # on a full disk there is always room for less
+            os.ftruncate(out.fileno(), end)
         raise InputError(f"{out.name} cannot be written ({reason(error)}); free some space, and "
                          "the same command goes on from here.") from None
 

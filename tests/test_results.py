@@ -1,5 +1,7 @@
 """Properties of nanodmc/results.py: what is refused, kept and cut in a file of results."""
 
+import errno
+import io
 import json
 import os
 
@@ -154,3 +156,28 @@ def test_weights_are_verified_when_asked(finished, tmp_path, capsys, monkeypatch
     assert generate.main([*flags, "--verify"]) == 0 and asked == [finished / "cr2"]
     repeated = [*flags, "--samples", "2", "--temperature", "0"]
     assert "repeats one text" in refusal(generate.main, repeated, capsys, tmp_path)
+
+
+def test_a_full_disk_leaves_whole_results_only(tmp_path):
+    """Also where the first one did not fit, so that the same command goes on from nothing."""
+    class Full(io.FileIO):
+        """A file that takes so many bytes more."""
+        room = 0
+
+        def write(self, data):
+            taken = super().write(data[:self.room])
+            self.room -= taken
+            if taken < len(data):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return taken
+
+    path, result = tmp_path / "out", {"line": 1, "sample": 0, "prompt": "a", "text": "b"}
+    for whole in (0, 1):
+        with Full(path, "ab") as out:
+            for _ in range(whole):
+                out.room = 1000
+                prompts.write_line(out, result)
+            out.room = 20
+            with pytest.raises(InputError, match="No space left on device"):
+                prompts.write_line(out, {**result, "line": 2})
+        assert len(results.read_results(path)) == whole == len(path.read_bytes().splitlines())
