@@ -273,7 +273,7 @@ def flags_of_all_modes():
     flags.add_argument("--random-weights", action="store_true", help=(
         "take only the shape of --ckpt llama2-7b and the like; text is bytes"))
     flags.add_argument("--verify", action="store_true", help=(
-        "compare the weights with the checksum that was saved with them"))
+        "compare weights and config.json with what was saved with them"))
     flags.add_argument("--cache", choices=["dmc", "full"], default="dmc", help=(
         "full: keep every token, merge nothing [dmc]"))
     flags.add_argument("--ops", choices=OPS, default="fast", help=(

@@ -167,7 +167,10 @@ def checksum(tensors, config):
 
 
 def verify(path):
-    """Raises InputError unless the weights in a folder are, bit for bit, what `save` wrote."""
+    """Raises InputError unless the weights in a folder are, bit for bit, what `save` wrote.
+
+    And unless its config.json is the one that was saved with them.
+    """
     for file in weight_files(Path(path)):
         read_weights(file)                  # says what is wrong where it cannot be read
         tensors, metadata = read_safetensors(file) if file.suffix == ".safetensors" else ({}, {})
@@ -177,3 +180,6 @@ def verify(path):
         if checksum(tensors, metadata.get("config", "")) != metadata["checksum"]:
             raise InputError(f"{file} is damaged: its weights are not those that were saved; "
                              "restore it from a copy, or train the model anew.")
+        facts = file.parent / "config.json"
+        if read_json(facts) != json.loads(metadata["config"]):
+            raise InputError(f"{facts} is not what was saved with {file.name}; restore it.")

@@ -228,8 +228,8 @@ def test_damage_to_a_checkpoint(scene, attack):
     def judge(rng, folder, attempt):
         name, kind = attempt
         ours, out = shutil.copytree(model, folder / "model"), folder / "out.jsonl"
-        bears(lambda: answer(scene, scene.prompts, out, model=ours), ours / name, kind, rng,
-              lambda _: check_answers(out, scene.results))
+        bears(lambda: answer(scene, scene.prompts, out, "--verify", model=ours), ours / name, kind,
+              rng, lambda _: check_answers(out, scene.results))
     attack("damaged files of a checkpoint", judge, each(model, 15, 5))
 
 

@@ -855,6 +855,14 @@ def test_verify_finds_any_flip_in_the_weights(tmp_path_factory, at, flip, shard_
         checkpoint.verify(folder)
 
 
+def test_verify_wants_the_config_that_was_saved_with_the_weights(tmp_path):
+    save(Transformer(config_of()), tmp_path)
+    checkpoint.verify(tmp_path)
+    edit_json(tmp_path / "config.json", lambda facts: facts.update(eos_token_id=7))
+    with pytest.raises(InputError, match="config.json is not what was saved with model"):
+        checkpoint.verify(tmp_path)
+
+
 def test_saving_removes_what_killed_saves_left_and_nothing_else(tmp_path):
     model = Transformer(config_of())
     save(model, tmp_path)
