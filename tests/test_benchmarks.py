@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 
 import generate
 from conftest import oracle, refusal
@@ -48,7 +47,7 @@ def folder(tmp_path_factory):
               definition("runs_code", data, unsafe_code=True),
               *(definition(name, data, tag="tagged") for name in ("tagged_a", "tagged_b"))]
     for i, task in enumerate(tasks):
-        (folder / f"{i}.yaml").write_text(yaml.safe_dump(task))
+        (folder / f"{i}.yaml").write_text(json.dumps(task))
     return folder
 
 
