@@ -10,6 +10,7 @@ import tiktoken
 from nanodmc.added_tokens import BLANK, AddedTokens, ends_of_text
 from nanodmc.config import as_whole, named, shown
 from nanodmc.files import InputError, listed, read_bytes, read_json
+from nanodmc.merge_order import BYTE, follows
 from nanodmc.splits import SPLITS, split_name, steps_of
 from nanodmc.terminal import harmless
 
@@ -216,10 +217,24 @@ class Tokenizer:
         self._read_words(vocab if model.get("ignore_merges") else [], merged, vocab)
         self.odd_merges = repeated or bool(self.words)
         self.unknown = {rank for rank, ids_of in enumerate(self.ids) if not ids_of}
+        ranks = {piece: rank for rank, piece in enumerate(ids)}
+        self._check_merges(once, ranks)
         self.encoding = tiktoken.Encoding(
-            str(self.source), pat_str=self.split, special_tokens={},
-            mergeable_ranks={piece: rank for rank, piece in enumerate(ids)})
+            str(self.source), pat_str=self.split, special_tokens={}, mergeable_ranks=ranks)
         self.vocab, self.pieces = vocab, {i: self._spelled(piece) for piece, i in vocab.items()}
+
+    def _check_merges(self, merges, ranks):
+        """Raises InputError where tiktoken would not merge as the pairs of texts say."""
+        if self.over_bytes:
+            merges = [(spell_bytes(left), spell_bytes(right)) for left, right in merges
+                      if ALPHABET.issuperset(left + right)]
+        else:
+            if any(BYTE.fullmatch(part) for pair in merges for part in pair):
+                raise self._refusal("merges single bytes, which is not supported here")
+            merges = [(left.encode(), right.encode()) for left, right in merges]
+        if not follows(ranks, merges):
+            raise self._refusal("lists merges in an order that training does not make, which is "
+                                "not supported here")
 
     def _read_words(self, pieces, merged, vocab):
         """self.words: bytes -> rank of those pieces that no merge makes, but a whole word may be.
