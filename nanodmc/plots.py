@@ -133,20 +133,22 @@ def plot_heads(figure, axis, entry):
 def plot_memory(summary, path):
     """Loss against memory: DMC, and averaging without learning, from a run's summary.json.
 
-    The loss is above the control's, or above the pretrained model's where there was no control.
-    Returns whether matplotlib is there.
+    The loss is above the control's. Without a control it is the loss itself, since nobody knows
+    then what training on the text does alone. Returns whether matplotlib is there.
     """
     figure = new_figure(4.3, 2.8)
     if figure is None:
         return False
-    baseline = "control" if "control" in summary else "pretrained"
+    controlled = "control" in summary
+    base, start = (summary["control"], 0.0) if controlled else (0.0, summary["pretrained"])
     entries = sorted(summary["dmc"], key=lambda entry: entry["cr"])
     axes = figure.subplots()
     draw_policy(axes, "every n tokens averaged", "C1s--", -14,
-                [(averaged(e["target"]), e["pooling"] - summary[baseline]) for e in entries])
-    draw_policy(axes, "DMC", "C0o-", 7, [(e["cr"], e["loss"] - summary[baseline]) for e in entries])
+                [(averaged(e["target"]), e["pooling"] - base) for e in entries], start)
+    draw_policy(axes, "DMC", "C0o-", 7, [(e["cr"], e["loss"] - base) for e in entries], start)
     axes.set_xlabel("share of the cache kept (%)", fontsize=9)
-    axes.set_ylabel(f"loss above the {baseline} model's\n(nats per {summary['unit']})", fontsize=9)
+    what = "loss above the control model's" if controlled else "loss"
+    axes.set_ylabel(f"{what}\n(nats per {summary['unit']})", fontsize=9)
     axes.set_xlim(0, 104)
     axes.tick_params(labelsize=8)
     axes.margins(y=0.1)
@@ -156,15 +158,15 @@ def plot_memory(summary, path):
     return True
 
 
-def draw_policy(axes, name, style, below, points):
-    """A line from the whole cache to each (CR, loss above the baseline), labelled with both."""
+def draw_policy(axes, name, style, below, points, start):
+    """A line from the whole cache, whose loss is `start`, to each (CR, loss), with labels."""
     shares = [100, *(100 / cr for cr, _ in points)]
-    axes.plot(shares, [0.0, *(loss for _, loss in points)], style, label=name, markersize=5)
+    axes.plot(shares, [start, *(loss for _, loss in points)], style, label=name, markersize=5)
     text = {"fontsize": 8, "color": style[:2], "textcoords": "offset points", "ha": "center"}
     for share, (cr, loss) in zip(shares[1:], points, strict=True):
         axes.annotate(f"{cr}x" if isinstance(cr, int) else f"{cr:.1f}x", (share, loss), (0, below),
                       **text)
-    axes.annotate(f"{loss:+.2f}", (share, loss), (-20, -3), **text)
+    axes.annotate(f"{loss:.2f}" if start else f"{loss:+.2f}", (share, loss), (-20, -3), **text)
 
 
 def plot_ratios(summaries, path):

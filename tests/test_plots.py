@@ -48,7 +48,7 @@ def test_a_finished_run_is_drawn_as_loss_against_memory(finished, tmp_path):
 
 
 def test_loss_against_memory_needs_no_control(finished, tmp_path):
-    """A given model is its own baseline where no control was trained beside it."""
+    """Without one, the loss itself is drawn, and no gain over the model given is claimed."""
     oracle("matplotlib")
     facts = json.loads((finished / "summary.json").read_text())
     for name in ("with", "without"):
