@@ -4,7 +4,6 @@ import argparse
 import logging
 import math
 import random
-import sys
 import time
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -20,7 +19,7 @@ from nanodmc.harness import adapter, lm_eval
 from nanodmc.parallel import rank_count
 from nanodmc.policies import budget, policy_cache, policy_named
 from nanodmc.tables import duration
-from nanodmc.terminal import moves, to_show
+from nanodmc.terminal import ProgressLine, to_show
 
 CSQA = {"piqa": "acc_norm", "boolq": "acc", "arc_easy": "acc_norm", "arc_challenge": "acc_norm",
         "hellaswag": "acc_norm", "winogrande": "acc"}         # 0-shot, all of the paper's
@@ -77,7 +76,7 @@ def measure(args, find):
     if "humaneval" in tasks:
         print(wrapped(humaneval.limits()))
     line = Line()
-    lm = adapter(model, tokenizer, gain, cache_for, args.seed, line.show)
+    lm = adapter(model, tokenizer, gain, cache_for, args.seed, line.tell)
     results = evaluate(lm, tasks, args.limit)
     line.clear()
     rows = [row_of(task, results, lm.held) for task in tasks]
@@ -265,28 +264,22 @@ def figure(value, scale=1):
     return "-" if value is None else f"{scale * value:.2f}"
 
 
-class Line:
-    """A line on stderr about how far it is, every second, or every ten where lines stay."""
+class Line(ProgressLine):
+    """A line about how many of a task's tokens are done. What is left follows from the rate."""
 
     def __init__(self, clock=time.perf_counter):
-        self.stream, self.clock, self.what = sys.stderr, clock, None
-        self.terminal = moves(sys.stderr)
+        super().__init__(clock)
+        self.what = None
 
-    def show(self, what, done, total):
-        """done of total tokens. What is left is reckoned from the rate so far."""
+    def tell(self, what, done, total):
+        """done of total tokens; what: which."""
         now = self.clock()
         if what != self.what:
             self.what, self.start, self.shown = what, now, now
-        if now - self.shown < (1 if self.terminal else 10):
-            return
-        self.shown = now
-        left = duration((now - self.start) * (total - done) / done) if done else "-"
-        self.write(f"{done:,}/{total:,} {what}  {left} left")
+        self.done, self.total, self.seconds = done, total, now - self.start
+        self.show(now)
 
-    def clear(self):
-        if self.terminal:
-            self.write("")
-
-    def write(self, text):
-        end = "\r" if self.terminal else "\n"
-        print(f"{text:<79}" if self.terminal else text, end=end, file=self.stream, flush=True)
+    def __str__(self):
+        rest = self.total - self.done
+        left = duration(self.seconds * rest / self.done) if self.done else "-"
+        return f"{self.done:,}/{self.total:,} {self.what}  {left} left"

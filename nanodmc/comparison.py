@@ -1,13 +1,12 @@
 """How a comparison is shown: its table on the terminal and in Markdown, and its progress."""
 
-import sys
 import time
 from collections import defaultdict
 
 from nanodmc.cli import wrapped
 from nanodmc.policies import POLICIES
 from nanodmc.tables import duration
-from nanodmc.terminal import moves
+from nanodmc.terminal import ProgressLine
 
 NAME = 21            # columns for a row's name
 GUESS = 2            # times that a policy takes a plain model's time, until one was timed
@@ -79,15 +78,15 @@ def markdown(rows, text):
 
 # -------------------------------------------------------------------------------------- progress
 
-class Progress:
-    """A line about a comparison every second, or every ten where lines cannot be overwritten.
+class Progress(ProgressLine):
+    """A line about a comparison.
 
     What is left follows from the pace of the same method so far: `total` rows of `tokens` each.
     """
 
     def __init__(self, total, tokens, clock=time.perf_counter):
-        self.total, self.tokens, self.clock = total, tokens, clock
-        self.terminal, self.shown, self.done = moves(sys.stderr), clock(), 0
+        super().__init__(clock)
+        self.total, self.tokens, self.shown, self.done = total, tokens, clock(), 0
         self.pace = defaultdict(lambda: [0, 0.0])       # of each kind: tokens, seconds
 
     def begin(self, case, left=()):
@@ -100,9 +99,7 @@ class Progress:
         pace = self.pace[self.case.method in POLICIES]
         pace[0], pace[1] = pace[0] + tokens, pace[1] + now - self.began
         self.taken, self.began = self.taken + tokens, now
-        if now - self.shown > (1 if self.terminal else 10):
-            self.shown = now
-            self.write(f"{self!s:<79}" if self.terminal else str(self))
+        self.show(now)
 
     def end(self):
         """A case is done."""
@@ -118,14 +115,6 @@ class Progress:
         each = lambda case: slow if case.method in POLICIES else fast
         rest = max(0, self.tokens - self.taken) * each(self.case)
         return rest + sum(self.tokens * each(case) for case in self.left)
-
-    def clear(self):
-        """Make room on the terminal for what comes next."""
-        if self.terminal:
-            self.write(" " * 79)
-
-    def write(self, line):
-        print(line, end="\r" if self.terminal else "\n", file=sys.stderr, flush=True)
 
     def __str__(self):
         name = self.case.name if len(self.case.name) <= 40 else "..." + self.case.name[-37:]

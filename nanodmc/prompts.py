@@ -23,7 +23,7 @@ from nanodmc.pool import pages_that_fit
 from nanodmc.results import as_line, check_results, drop_errors, model_mark
 from nanodmc.sampling import derived_seed
 from nanodmc.tables import duration
-from nanodmc.terminal import moves, to_show
+from nanodmc.terminal import ProgressLine, to_show
 
 LIMITS = {"tokens": number(1, 2 ** 31 - 1, int), "temperature": number(0, 1e6),
           "top_k": number(0, 2 ** 31 - 1, int), "top_p": number(0, 1),
@@ -168,17 +168,17 @@ def save(path):
 
 # ------------------------------------------------------------------------- what is seen meanwhile
 
-class Progress:
-    """A line about an engine's run every second, or every ten where lines cannot be overwritten.
+class Progress(ProgressLine):
+    """A line about an engine's run.
 
     Rates are those of the last minute. What is left counts the parts of texts that are on their
     way, so it shrinks from the start on.
     """
 
     def __init__(self, engine, total, done, clock=time.perf_counter):
+        super().__init__(clock)
         self.engine, self.total, self.first, self.done = engine, total, done, done
-        self.tokens, self.failed, self.terminal = 0, 0, moves(sys.stderr)
-        self.clock, self.start = clock, clock()
+        self.tokens, self.failed, self.start = 0, 0, clock()
         self.shown, self.past = self.start, deque([(self.start, 0, 0.0)])
 
     def seconds(self):
@@ -207,20 +207,6 @@ class Progress:
         seconds, worked = max(now - then, 1e-9), work - work_then
         left = self.total - self.first - work
         return (tokens - tokens_then) / seconds, left * seconds / worked if worked > 0 else None
-
-    def show(self):
-        """Print the line, if it is time."""
-        if self.clock() - self.shown > (1 if self.terminal else 10):
-            self.shown = self.clock()
-            self.write(f"{self!s:<79}" if self.terminal else str(self))
-
-    def clear(self):
-        """Make room on the terminal for another line."""
-        if self.terminal:
-            self.write(" " * 79)
-
-    def write(self, line):
-        print(line, end="\r" if self.terminal else "\n", file=sys.stderr, flush=True)
 
     def __str__(self):
         held, pages = self.engine.known.values(), len(self.engine.cache.free)
@@ -313,7 +299,7 @@ def write_results(args, engine, requests, tokenizer, progress):
     with ((args.out if writes else Path(os.devnull)).open("ab", buffering=0) as out,
           profiler(args.profile if writes else None) as profile):
         def each_step():
-            progress.show()
+            progress.show(progress.clock())
             if writes and time.monotonic() - synced[0] > 1:
                 synced[0] = time.monotonic()
                 save(args.out)

@@ -48,6 +48,32 @@ def has_colours(stream):
     return moves(stream) and not os.environ.get("NO_COLOR")
 
 
+class ProgressLine:
+    """A line on stderr every second, or every ten where lines cannot be overwritten.
+
+    A subclass says what stands in it, as its text, and sets `shown` when it begins: the time of the
+    latest line, by `clock`.
+    """
+
+    def __init__(self, clock):
+        self.clock, self.stream, self.terminal = clock, sys.stderr, moves(sys.stderr)
+
+    def show(self, now):
+        """Print the line, if it is time."""
+        if now - self.shown > (1 if self.terminal else 10):
+            self.shown = now
+            self._write(str(self))
+
+    def clear(self):
+        """Make room on the terminal for what comes next."""
+        if self.terminal:
+            self._write("")
+
+    def _write(self, text):
+        end = "\r" if self.terminal else "\n"
+        print(f"{text:<79}" if self.terminal else text, end=end, file=self.stream, flush=True)
+
+
 class OutputLost(Exception):
     """What a command prints to stdout cannot be written any more."""
 

@@ -162,7 +162,7 @@ def test_a_line_says_how_far_it_is_and_how_long_it_takes(monkeypatch, capsys):
     times = iter([0, 5, 20, 25, 40])
     line = benchmarks.Line(lambda: next(times))
     for done in (0, 25, 50, 60, 80):
-        line.show("tokens scored", done, 100)
+        line.tell("tokens scored", done, 100)
     said = capsys.readouterr().err.splitlines()
     assert said == ["50/100 tokens scored  0:20 left", "80/100 tokens scored  0:10 left"]
 
