@@ -10,7 +10,7 @@ from nanodmc.config import read_config
 from nanodmc.files import InputError, read_json
 from nanodmc.heldout import run_documents
 from nanodmc.policies import POLICIES, budget, policy_cache, policy_named
-from nanodmc.settings import Settings
+from nanodmc.settings import read_run
 from nanodmc.tokenizer import Tokenizer
 from nanodmc.variants import VARIANTS, of_model
 
@@ -61,12 +61,8 @@ class Subject:
 
     def read_run(self, run):
         """The folders of a run's models, by what they are called."""
-        facts = read_json(run / "run.json")
-        try:
-            self.settings, self.key = Settings(**facts["settings"]), facts["text"]
-        except (KeyError, TypeError):
-            raise InputError(f"{run / 'run.json'} is no run's of this version; name its models one "
-                             "by one.") from None
+        facts = read_run(run, "restore it from a copy, or name its models one by one")
+        self.settings, self.key = facts["settings"], facts["text"]
         if self.settings.init and not self.settings.random_weights:
             self.given = locate(self.settings.init).resolve()
         has = lambda folder: (folder / "config.json").is_file()

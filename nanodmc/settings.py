@@ -303,23 +303,23 @@ def positions(settings):
     return read_config(locate(settings.init)).max_seq_len
 
 
-def read_run(out):
+def read_run(out, remedy="restore it from a copy"):
     """What run.json says of the run in a folder: settings, and text, a key. Raises InputError.
 
-    Settings that are newer than the run have their defaults.
+    Settings that are newer than the run have their defaults. remedy: what to do about damage.
     """
     path = out / "run.json"
-    record = read_sealed(path, {"settings", "train_tokens", "text"})
+    record = read_sealed(path, {"settings", "train_tokens", "text"}, remedy=remedy)
     saved, known = record["settings"], {f.name for f in fields(Settings)}
     if not isinstance(saved, dict) or not isinstance(record["text"], str):
-        raise damaged(path, "it has no settings or no text")
+        raise damaged(path, "it has no settings or no text", remedy)
     if odd := sorted(saved.keys() - known):
         raise InputError(f"{path} has settings that this version lacks: {', '.join(odd)[:100]}; "
                          "resume with the version that began the run.")
     try:
         record["settings"] = Settings(**saved)
     except InputError as error:
-        raise damaged(path, str(error).partition(";")[0]) from None
+        raise damaged(path, str(error).partition(";")[0], remedy) from None
     return record
 
 

@@ -24,6 +24,7 @@ from nanodmc.comparison import Progress, table
 from nanodmc.contenders import Case, Subject
 from nanodmc.files import InputError
 from nanodmc.heldout import Piece, chosen, pieces
+from nanodmc.records import write_sealed
 from nanodmc.text import load_data
 from nanodmc.tokenizer import Tokenizer
 from test_dmc import both, model_of, seeds
@@ -322,7 +323,8 @@ def test_policy_without_a_comparison_is_refused(finished, capsys, tmp_path):
 def test_runs_on_different_texts_need_one(finished, tmp_path, capsys):
     other = shutil.copytree(finished, tmp_path / "other")
     facts = json.loads((other / "run.json").read_text())
-    (other / "run.json").write_text(json.dumps({**facts, "text": "another"}))
+    del facts["checksum"]
+    write_sealed(other / "run.json", {**facts, "text": "another"})
     said = refusal(generate.main, ["--compare", str(finished), str(other)], capsys, tmp_path)
     assert "different texts" in said
     said = refusal(generate.main, ["--compare", str(other)], capsys, tmp_path)
