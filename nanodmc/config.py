@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import dmc
-from nanodmc.files import InputError, read_json
+from nanodmc.files import InputError, is_number, read_json
 from nanodmc.variants import VARIANTS, VariantConfig
 
 MODEL_TYPE = "dmc_llama"        # not "llama", so that software without DMC refuses the weights
@@ -49,7 +49,7 @@ def checked_config(**values):
     kind = VariantConfig if "variant" in values else dmc.Config
     config = kind(**{**values, "head_dim": 0 if head_dim is None else head_dim})
     for name in WHOLE:
-        if not is_whole(n := getattr(config, name), MOST[name]):
+        if not is_number(n := getattr(config, name), 1, MOST[name], int):
             raise InputError(
                 f"{name} is {shown(n)}; give a whole number from 1 to {MOST[name]:,}.")
     if config.n_head % config.n_kv_head:
@@ -61,18 +61,18 @@ def checked_config(**values):
             raise InputError(f"dim {config.dim} is no multiple of {config.n_head} heads; "
                              "choose one, or give head_dim.")
         config = replace(config, head_dim=config.dim // config.n_head)
-    if not is_whole(n := config.head_dim, MOST["head_dim"]) or n < 4 or n % 2:
+    if not is_number(n := config.head_dim, 4, MOST["head_dim"], int) or n % 2:
         raise InputError(f"head_dim is {shown(n)}; rotary embedding needs an even number, "
                          f"of at least 4 here, and at most {MOST['head_dim']:,}.")
     if config.max_seq_len * config.head_dim > MOST_ANGLES:
         raise InputError(f"{config.max_seq_len:,} positions of heads of {config.head_dim:,} need a "
                          "rotary table beyond 2 GB; lower max_seq_len "
                          "(max_position_embeddings).")
-    if config.window is not None and not is_whole(config.window, MOST["window"]):
+    if config.window is not None and not is_number(config.window, 1, MOST["window"], int):
         raise InputError(f"window is {shown(config.window)}; give a whole number from 1 to "
                          f"{MOST['window']:,}, or None for the whole segment.")
     for name in ("norm_eps", "tau", "c"):
-        if not is_number(x := getattr(config, name)):
+        if not is_number(x := getattr(config, name), -LARGEST, LARGEST):
             raise InputError(f"{name} is {shown(x)}; give a number.")
     if config.norm_eps < 0:
         raise InputError(f"norm_eps is {config.norm_eps}; give a number of at least 0.")
@@ -81,17 +81,6 @@ def checked_config(**values):
     check_rope(config)
     check_variant(config)
     return config
-
-
-def is_whole(value, most):
-    """Whether a value is a whole number from 1 to `most`."""
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
-
-
-def is_number(value):
-    """Whether a value is a number that arithmetic in float32 can bear."""
-    return (isinstance(value, int | float) and not isinstance(value, bool)
-            and abs(value) <= LARGEST)
 
 
 def shown(value):
@@ -114,7 +103,7 @@ def check_rope(config):
                          f"only {', '.join(ROPE_NUMBERS)} work here.")
     numbers = {name: scaling.get(name) for name in ROPE_NUMBERS[kind]}
     for name, value in {"rope_theta": config.rope_theta, **numbers}.items():
-        if not is_number(value) or not value > 0:
+        if not is_number(value, 0, LARGEST) or value == 0:
             raise InputError(f"{name} of the rotary embedding is {shown(value)}; "
                              f"give a number above 0, and at most {LARGEST:g}.")
 
@@ -125,7 +114,7 @@ def check_variant(config):
     if not isinstance(variant, str) or variant not in VARIANTS:
         raise InputError(f"there is no variant {named(variant)}; {', '.join(VARIANTS)} are known "
                          "here.")
-    if variant == "fmp" and not (is_whole(n := config.every, MOST["window"]) and n > 1):
+    if variant == "fmp" and not is_number(n := config.every, 2, MOST["window"], int):
         raise InputError(f"fixed pooling every {shown(n)} tokens is impossible; give a whole "
                          "number of at least 2.")
 

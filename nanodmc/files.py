@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -137,6 +138,12 @@ def read_json(path):
     except (RecursionError, ValueError) as error:       # ValueError: no JSON, or no text at all
         raise InputError(f"{path} is damaged ({one_line(error)}); "
                          "restore it, or give another folder.") from None
+
+
+def is_number(x, low=-math.inf, high=math.inf, kind=(int, float)):
+    """Whether x, from JSON, is a finite number in this range, and no bool."""
+    return (isinstance(x, kind) and not isinstance(x, bool) and low <= x <= high
+            and abs(x) < math.inf)
 
 
 def read_lines(path):

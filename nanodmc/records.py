@@ -1,11 +1,10 @@
 """What a run writes as JSON, with checksums: read back only if it is whole and makes sense."""
 
 import json
-import math
 import zlib
 from pathlib import Path
 
-from nanodmc.files import InputError, read_bytes, read_json, write_json
+from nanodmc.files import InputError, is_number, read_bytes, read_json, write_json
 
 FIGURES = {"loss", "cr", "heads"}
 STATE = {"phase", "step", "seconds", "tensors"}
@@ -46,12 +45,6 @@ def read_sealed(path, needed, more=(), remedy="restore it from a copy"):
     if odd := sorted((record.keys() ^ {*needed}) - {*more}):
         raise damaged(path, f"it lacks, or has too many: {', '.join(odd)[:100]}", remedy)
     return record
-
-
-def is_number(x, low=-math.inf, high=math.inf, kind=(int, float)):
-    """Whether x is a finite number in this range, and no bool."""
-    return (isinstance(x, kind) and not isinstance(x, bool) and low <= x <= high
-            and abs(x) < math.inf)
 
 
 def read_figures(path, remedy="restore it from a copy"):

@@ -10,9 +10,9 @@ import torch
 from nanodmc.checkpoint import locate
 from nanodmc.cli import OPS
 from nanodmc.config import SHAPES, checked_config, read_config, shape
-from nanodmc.files import InputError
+from nanodmc.files import InputError, is_number
 from nanodmc.phases import plan
-from nanodmc.records import damaged, is_number, read_sealed
+from nanodmc.records import damaged, read_sealed
 from nanodmc.variants import VARIANTS
 
 
