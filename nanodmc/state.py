@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nanodmc.files import InputError, read_bytes, reason, sync
 from nanodmc.parallel import first_decides, rank_count, this_rank
 from nanodmc.records import curve_until, read_figures
-from nanodmc.weights import read_safetensors, read_weights, verify, weight_files
+from nanodmc.weights import verify
 
 METADATA = {"BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex",
             "StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"}
@@ -127,11 +127,7 @@ def check_weights(path, remedy):
     Of older versions, which made no checksum, only the former is known.
     """
     try:
-        files = weight_files(path)
-        for file in files:
-            read_weights(file)
-        if all(f.suffix == ".safetensors" and "checksum" in read_safetensors(f)[1] for f in files):
-            verify(path)
+        verify(path, needed=False)
     except InputError as error:
         raise InputError(f"{str(error).partition(';')[0]}; {remedy}.") from None
 

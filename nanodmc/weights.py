@@ -166,15 +166,18 @@ def checksum(tensors, config):
     return f"{crc:08x}"
 
 
-def verify(path):
+def verify(path, needed=True):
     """Raises InputError unless the weights in a folder are, bit for bit, what `save` wrote.
 
-    And unless its config.json is the one that was saved with them.
+    And unless its config.json is the one that was saved with them. needed False: files without a
+    checksum, as other programs and older versions write them, need only be readable.
     """
     for file in weight_files(Path(path)):
         read_weights(file)                  # says what is wrong where it cannot be read
         tensors, metadata = read_safetensors(file) if file.suffix == ".safetensors" else ({}, {})
         if "checksum" not in metadata:
+            if not needed:
+                continue
             raise InputError(f"{file} has no checksum to verify, since another program or an older "
                              "version wrote it; leave --verify out.")
         if checksum(tensors, metadata.get("config", "")) != metadata["checksum"]:
