@@ -91,7 +91,8 @@ class Run:
         elif resume and (self.out / "state.json").exists():
             self.saved = read_state(self.out / "state.json", self.phases, ANEW)
         self.seconds_before = self.saved["seconds"]
-        first_decides(self.curve_before)
+        self.past = None                  # on the first rank: what led to it, text and entries
+        first_decides(self.read_curve)
         self.wait()
         self.tidy()
         self.write_json("run.json", {"settings": asdict(settings),
@@ -182,11 +183,11 @@ class Run:
             for folder in (self.out, *(path for path in below if not path.is_symlink())):
                 remove_leftovers(folder)
 
-    def curve_before(self):
-        """The text and the entries of metrics.jsonl that led to the saved state."""
+    def read_curve(self):
+        """Read the part of metrics.jsonl that led to the saved state."""
         s = self.saved
-        return curve_until(self.out / "metrics.jsonl", self.phases, s["phase"], s["step"], ANEW,
-                           s["curve"])
+        self.past = curve_until(self.out / "metrics.jsonl", self.phases, s["phase"], s["step"],
+                                ANEW, s["curve"])
 
     def check_weights(self, folder):
         """Raises InputError where the weights that an earlier phase left are not as saved."""
@@ -267,7 +268,7 @@ class Run:
             self.metrics = Path(os.devnull).open("a")  # noqa: SIM115 - closed with the run
             return
         path = self.out / "metrics.jsonl"
-        text, entries = self.curve_before()
+        (text, entries), self.past = self.past, None
         last_shown = step - step % self.settings.log_every
         self.recent = [e["loss"] for e in entries
                        if e["index"] == index and e["step"] >= last_shown]
