@@ -3,6 +3,7 @@
 import torch
 
 from dmc_fast import PagedCache
+from nanodmc.variants import blocks
 
 
 class PoolingCache:
@@ -19,9 +20,7 @@ class PoolingCache:
 
     def attend(self, layer, q, k, v, alpha=None, omega=None):
         """As dmc.Cache.attend, where alpha and omega mean nothing."""
-        first = self.cache.seen[layer]
-        position = torch.arange(first, first + q.size(2), device=q.device)
-        alpha = (position % self.every > 0).float().expand(k.shape[:3]).clone()
+        alpha = blocks(k, self.every, self.cache.seen[layer])
         return self.cache.attend(layer, q, k, v, alpha, torch.ones_like(alpha))
 
 

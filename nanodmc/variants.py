@@ -48,11 +48,15 @@ def weigh_equally(q, k, config, noise=False, position=0):
     return alpha, keep, torch.ones_like(omega)
 
 
-def pool_blocks(q, k, config, noise=False, position=0):
-    """As dmc.decide: a new slot at every position that `config.every` divides (appendix E)."""
+def blocks(k, every, position):
+    """alpha (B, G, T) of T tokens with keys k: a new slot where `every` divides the position."""
     at = torch.arange(position, position + k.size(2), device=k.device)
-    merges = (at % config.every > 0).expand(k.shape[:3])
-    alpha = dmc.wide(k[..., 0]).detach() * 0 + merges
+    return (at % every > 0).to(dmc.wide(k[:0]).dtype).expand(k.shape[:3]).contiguous()
+
+
+def pool_blocks(q, k, config, noise=False, position=0):
+    """As dmc.decide: every block of `config.every` tokens is a slot (appendix E)."""
+    alpha = blocks(k, config.every, position)
     return alpha, torch.log1p(-alpha), torch.ones_like(alpha)
 
 

@@ -106,6 +106,16 @@ def test_fixed_pooling_averages_aligned_blocks(seed, heads, T, window, every):
         assert_close(pooled[:, :, t], v[:, :, first:t + 1].mean(2))
 
 
+def test_fixed_pooling_does_not_look_at_keys():
+    """So keys that are no numbers change nothing in the decisions."""
+    config = VariantConfig(**vars(config_of()), variant="fmp", every=3)
+    q, k, *_ = qkv(0, (4, 4), 7)
+    expected = VARIANTS["fmp"].decide(q, k, config)
+    for found, same in zip(VARIANTS["fmp"].decide(q * torch.nan, k * torch.inf, config), expected,
+                           strict=True):
+        assert torch.equal(found, same)
+
+
 def literal_prior(alpha, cr, layers):
     """Eq. 10 of some layers of one sequence, summed item by item."""
     kept = [1 - a for layer in layers for head in alpha[layer] for a in head]
