@@ -5,16 +5,15 @@ head merged token t into the slot before it. A piece is a document, or a part of
 model's positions.
 """
 
-from pathlib import Path
 
 import numpy as np
 
 from nanodmc.claim import check_folder
 from nanodmc.cli import provenance, wrapped
-from nanodmc.contenders import Subject
+from nanodmc.contenders import Subject, held_out
 from nanodmc.evaluate import decisions
-from nanodmc.files import InputError, listed, write_json
-from nanodmc.heldout import chosen, given_documents
+from nanodmc.files import InputError, write_json
+from nanodmc.heldout import chosen
 from nanodmc.plots import plot_analyses
 from nanodmc.terminal import to_show
 
@@ -132,28 +131,18 @@ def analyse(model, documents, token_bytes, bins=16):
 
 # ------------------------------------------------------------------------------------- --analyse
 
-def texts_of(folder, data):
-    """The texts to look at, and what they are called. Raises InputError.
-
-    data: files, or None: what the run in whose folder the model lies validates on.
-    """
-    if data:
-        return given_documents(data), listed([Path(file).name for file in data])
-    if not (folder.parent / "run.json").is_file():
-        raise InputError("--analyse of a model without a run needs a text; add --data FILE.")
-    return Subject(folder.parent).texts(), f"the validation text of {folder.parent}"
-
-
 def write_analyses(out, folder, model, tokenizer, data, tokens):
     """--analyse: what a model's heads decide on a text, into the folder `out`, as JSON and PNG.
 
-    folder: the model's. tokens: how many of the text at most; None: 65,536. Raises InputError.
+    folder: the model's. data: files, or None: what the run in whose folder it lies validates on.
+    tokens: how many of the text at most; None: 65,536. Raises InputError.
     """
     if not model.config.dmc:
         raise InputError("this is a plain model, whose heads merge nothing; "
                          "choose a checkpoint such as runs/1/cr4.")
     check_folder(out)
-    texts, name = texts_of(folder, data)
+    runs = [Subject(folder.parent)] if not data and (folder.parent / "run.json").is_file() else []
+    texts, name = held_out(runs, data, "--analyse of a model without a run")
     texts = chosen(texts, tokenizer, tokens or 2 ** 16, model.config.max_seq_len)
     documents = [tokenizer.encode(text, special=False, prefix=True) for text in texts]
     if max(map(len, documents)) < 2:

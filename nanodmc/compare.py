@@ -14,9 +14,9 @@ from nanodmc.checkpoint import load
 from nanodmc.claim import check_folder
 from nanodmc.cli import OPS, provenance, wrapped
 from nanodmc.comparison import Progress, about, markdown, table
-from nanodmc.contenders import Subject, all_cases
-from nanodmc.files import InputError, listed, write_atomically, write_json
-from nanodmc.heldout import chosen, given_documents, pieces
+from nanodmc.contenders import Subject, all_cases, held_out
+from nanodmc.files import InputError, write_atomically, write_json
+from nanodmc.heldout import chosen, pieces
 from nanodmc.parallel import rank_count
 from nanodmc.plots import plot_comparison
 
@@ -125,22 +125,6 @@ def row_of(case, cut, measured, itemsize, plain=None):
 
 # ------------------------------------------------------------------------------------- --compare
 
-def held_out(subjects, data, tokens, context):
-    """The texts that all models see, and what they are called. Raises InputError."""
-    if data:
-        texts, name = given_documents(data), listed([Path(file).name for file in data])
-    else:
-        runs = [subject for subject in subjects if subject.settings]
-        if not runs:
-            raise InputError("--compare of models without a run needs a held-out text; add --data "
-                             "FILE.")
-        if len({subject.key for subject in runs}) > 1:
-            raise InputError("the runs were trained on different texts; give one that is held out "
-                             "from all with --data.")
-        texts, name = runs[0].texts(), f"the validation text of {runs[0].argument}"
-    return chosen(texts, subjects[0].tokenizer, tokens, context), name
-
-
 def checked_out(out):
     """Raise InputError where --out cannot take a comparison. Writes nothing."""
     if out.suffix != ".json":
@@ -163,7 +147,8 @@ class Comparison:
         self.out, self.rows = out, []
         if out:
             checked_out(out)
-        self.texts, name = held_out(subjects, data, tokens or TOKENS, self.context)
+        texts, name = held_out(subjects, data, "--compare of models without a run")
+        self.texts = chosen(texts, subjects[0].tokenizer, tokens or TOKENS, self.context)
         self.cut = {subject.argument: pieces(self.texts, subject.tokenizer, self.context)
                     for subject in subjects}
         vocabularies = {subject.tokenizer.files["tokenizer.json"] for subject in subjects}

@@ -7,8 +7,8 @@ from dmc import Config
 from nanodmc.baselines import pooling_cache
 from nanodmc.checkpoint import COMPRESSED, locate
 from nanodmc.config import read_config
-from nanodmc.files import InputError, read_json
-from nanodmc.heldout import run_documents
+from nanodmc.files import InputError, listed, read_json
+from nanodmc.heldout import given_documents, run_documents
 from nanodmc.policies import POLICIES, budget, policy_cache, policy_named
 from nanodmc.settings import read_run
 from nanodmc.tokenizer import Tokenizer
@@ -101,6 +101,22 @@ class Subject:
         for policy in policies:
             for cr in ratios:
                 yield case(f"{policy} {cr:g}x", policy, cr)
+
+
+def held_out(subjects, data, what):
+    """The texts in the files `data`, or else those of the Subjects' runs, and what they are called.
+
+    what: needs data where there is no run. Raises InputError.
+    """
+    if data:
+        return given_documents(data), listed([Path(file).name for file in data])
+    runs = [subject for subject in subjects if subject.settings]
+    if not runs:
+        raise InputError(f"{what} needs a held-out text; add --data FILE.")
+    if len({subject.key for subject in runs}) > 1:
+        raise InputError("the runs were trained on different texts; give one that is held out from "
+                         "all with --data.")
+    return runs[0].texts(), f"the validation text of {runs[0].argument}"
 
 
 def heads_before(folder, config):
