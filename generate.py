@@ -67,15 +67,18 @@ TAKES = {            # what has an effect in each mode, besides ckpt and device
     "--bench": "bench model cr prompt_tokens tokens batch cache_gb out",
     "--bench --ckpt": "bench prompt_file cr prompt_tokens tokens batch cache_gb out"}
 
+WHOLE = "show_merges", "analyse", "compare", "tasks"       # modes that need the whole model
+
 
 # ----------------------------------------------------------------------- what happens, in order
 
 def run(args):
     """Check what can be checked, find the model, then do what the flags ask for."""
     device = chosen_device(args)
-    if rank_count() > 1 and args.show_merges:
-        raise InputError(f"--show-merges looks at all heads, and {rank_count()} ranks have a part "
-                         "each; run it without torchrun.")
+    for mode in WHOLE if rank_count() > 1 else ():
+        if getattr(args, mode):
+            raise InputError(f"{as_flag(mode)} looks at all heads, and {rank_count()} ranks have a "
+                             "part each; run it without torchrun.")
     page = (args.show_merges or "").endswith(".html") and Path(args.show_merges)
     refuse_same_files(prompts=args.prompts, prompt_file=args.prompt_file, out=args.out,
                       profile=args.profile, show_merges=page)
@@ -240,6 +243,11 @@ def parse(argv):
     return args
 
 
+def as_flag(name):
+    """The flag behind an attribute of the arguments."""
+    return "--" + name.replace("_", "-")
+
+
 def refuse_idle_flags(args, given):
     """Raise InputError where a flag was given that has no effect in the mode asked for."""
     modes = [mode for mode in ("--bench", "--compare", "--tasks", "--prompts", "--analyse",
@@ -257,11 +265,10 @@ def refuse_idle_flags(args, given):
     if args.verify and args.random_weights:
         raise InputError("--verify has no effect with --random-weights; leave it out.")
     for name in sorted(idle):
-        flag = "--" + name.replace("_", "-")
         needs = [other for other in ("--prompts", "--bench", "--compare", "--tasks", "--analyse")
                  if name in TAKES[other].split()]
         what = f"with {mode}" if mode else f"without {' or '.join(needs)}"
-        raise InputError(f"{flag} has no effect {what}; leave it out.")
+        raise InputError(f"{as_flag(name)} has no effect {what}; leave it out.")
 
 
 def flags_of_all_modes():

@@ -16,7 +16,6 @@ from nanodmc import humaneval
 from nanodmc.cli import number, provenance, silence, wrapped
 from nanodmc.files import InputError, one_line, write_json
 from nanodmc.harness import adapter, lm_eval
-from nanodmc.parallel import rank_count
 from nanodmc.policies import budget, policy_cache, policy_named
 from nanodmc.tables import duration
 from nanodmc.terminal import ProgressLine, to_show
@@ -63,8 +62,6 @@ def measure(args, find):
     """
     if args.out and Path(args.out).is_dir():
         raise InputError(f"{args.out} is a folder; give --out the name of a file.")
-    if rank_count() > 1:
-        raise InputError("--tasks runs in one process; run it without torchrun.")
     cache_for = chosen_cache(args)
     tasks = load_tasks(args.tasks, args.include)
     model, tokenizer, name, gain = find()

@@ -17,7 +17,6 @@ from nanodmc.comparison import Progress, about, markdown, table
 from nanodmc.contenders import Subject, all_cases, held_out
 from nanodmc.files import InputError, write_atomically, write_json
 from nanodmc.heldout import chosen, pieces
-from nanodmc.parallel import rank_count
 from nanodmc.plots import plot_comparison
 
 TOKENS = 16_384        # of the held-out text, unless --tokens says so
@@ -200,8 +199,6 @@ def compare(args, device):
     args: compare, policy (names with commas between, or None), cr, data, tokens, out, ops. Raises
     InputError.
     """
-    if rank_count() > 1:
-        raise InputError("--compare runs in one process; run it without torchrun.")
     policies = None if args.policy is None else [p for p in args.policy.split(",") if p]
     ratios = args.cr or [2.0, 4.0, 8.0]
     done = Comparison(args.compare, policies, ratios, args.data, args.tokens, args.out)

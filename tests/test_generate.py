@@ -213,3 +213,14 @@ def test_what_ranks_refuse(ranks, flags, words, tmp_path, plain, monkeypatch, ti
     monkeypatch.setenv("RANK", "0")
     arguments = ["--ckpt", str(plain), "--device", "cpu", *flags]
     assert words in refusal(generate.main, arguments, capsys, tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["--show-merges 0.0", "--analyse out", "--compare RUN",
+                                  "--tasks piqa"])
+def test_what_looks_at_a_whole_model_runs_in_one_process(mode, finished, tmp_path, monkeypatch,
+                                                         capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model = [] if "RUN" in mode else ["--ckpt", str(finished)]
+    arguments = [*model, *mode.replace("RUN", str(finished)).split(), "--device", "cpu"]
+    said = refusal(generate.main, arguments, capsys, tmp_path)
+    assert f"{mode.split()[0]} looks at all heads, and 2 ranks have a part each" in said
