@@ -483,7 +483,7 @@ class PagedCache(FastCache):
         self.order = torch.arange(B * G, **ints).repeat(L, 1)
         self.pool_k, self.pool_v = (torch.zeros(1, page_size, D, device=device, dtype=dtype)
                                     for _ in range(2))
-        self.add_pages(self.table.numel() // self.table.size(-1) if self.grows else pages)
+        self.add_pages(self.lengths.numel() if self.grows else pages)
         self.know_positions(config.max_seq_len, device)
         processors = 1
         if on_gpu:
@@ -524,7 +524,7 @@ class PagedCache(FastCache):
 
     def make_room(self, tokens):
         """Pages for so many tokens of every sequence, should nothing merge; half as many more."""
-        heads, pages = self.table[..., 0].numel(), -(-tokens // self.page_size)
+        heads, pages = self.lengths.numel(), -(-tokens // self.page_size)
         have = len(self.free) // heads
         if pages > have:
             self.add_pages(heads * (min(max(pages, have * 3 // 2), self.table.size(-1)) - have))

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections import deque
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -147,20 +147,21 @@ def write_line(out, line):
     Raises InputError.
     """
     data, end = as_line(line), os.fstat(out.fileno()).st_size
-    try:
-        while data:
-            data = data[out.write(data):]
-    except OSError as error:
-        with suppress(OSError):                     # on a full disk there is always room for less
-            os.ftruncate(out.fileno(), end)
-        raise InputError(f"{out.name} cannot be written ({reason(error)}); free some space, and "
-                         "the same command goes on from here.") from None
+    with writing(out.name):
+        try:
+            while data:
+                data = data[out.write(data):]
+        except OSError:
+            with suppress(OSError):                 # on a full disk there is always room for less
+                os.ftruncate(out.fileno(), end)
+            raise
 
 
-def save(path):
-    """Wait until a file or a folder is on the disk. Raises InputError."""
+@contextmanager
+def writing(path):
+    """Raises InputError where the results at `path` cannot be written."""
     try:
-        sync(path)
+        yield
     except OSError as error:
         raise InputError(f"{path} cannot be written ({reason(error)}); free some space, and "
                          "the same command goes on from here.") from None
@@ -302,7 +303,8 @@ def write_results(args, engine, requests, tokenizer, progress):
             progress.show(progress.clock())
             if writes and time.monotonic() - synced[0] > 1:
                 synced[0] = time.monotonic()
-                save(args.out)
+                with writing(args.out):
+                    sync(args.out)
             if profile:
                 profile.step()
         for result in engine.run(requests, each_step):
@@ -314,5 +316,6 @@ def write_results(args, engine, requests, tokenizer, progress):
             write_line(out, line)
             progress.add(result)
     if writes:
-        save(args.out)
-        save(args.out.resolve().parent)
+        with writing(args.out):
+            sync(args.out)
+            sync(args.out.resolve().parent)

@@ -10,13 +10,13 @@ import glob
 import hashlib
 import json
 import shutil
-import zlib
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 
 from nanodmc.files import PARTIAL, InputError, reason, write_atomically
 from nanodmc.locks import Lock
+from nanodmc.records import seal
 
 # the files that decide a text: sizes, weights, vocabulary, and which tokens end a text
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -81,13 +81,9 @@ def only_writer(path):
         yield
 
 
-def checksum(line):
-    return f"{zlib.crc32(json.dumps(line).encode()):08x}"
-
-
 def as_line(result):
     """A result, a dict, as a line of the file, in bytes."""
-    return json.dumps({**result, "check": checksum(result)}).encode() + b"\n"
+    return json.dumps({**result, "check": seal(result)}).encode() + b"\n"
 
 
 def parsed(text):
@@ -96,7 +92,7 @@ def parsed(text):
     if not isinstance(result, dict):
         raise ValueError
     check = result.pop("check", None)
-    if check not in (None, checksum(result)):
+    if check not in (None, seal(result)):
         raise ValueError
     return result
 

@@ -1,7 +1,6 @@
 """Hugging Face's tokenizer.json, carried out by tiktoken."""
 
 import json
-import re
 import warnings
 from pathlib import Path
 
@@ -253,7 +252,7 @@ class Tokenizer:
         """The bytes of text that a piece stands for."""
         if self.over_bytes:
             return spell_bytes(piece) if ALPHABET.issuperset(piece) else piece.encode()
-        if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+        if BYTE.fullmatch(piece):
             return bytes([int(piece[3:5], 16)])
         return piece.replace(BLANK, " ").encode()
 
