@@ -453,8 +453,8 @@ def worked_example():
     config = Config(vocab_size=1, n_layer=1, n_head=1, n_kv_head=1, dim=8, ffn_dim=1, max_seq_len=T)
     q, k, v = torch.randn(3, 1, 1, T, config.head_dim)
     k[..., 0] = 6 * k[..., 0] + 7       # an untrained logit would be near 0, every token appended
-    alpha, keep = relaxed_decision(k[..., 0], config, noise=False)
-    omega = importance(2 * q[..., 0], n_kv_head=1)
+    q[..., 0] *= 2
+    alpha, keep, omega = decide(q, k, config)
 
     print("Algorithm 1 on one head. The decision: merge where k[0] > c = 5. A slot is named")
     print("by the tokens in it; the last three after each step are shown.\n")
