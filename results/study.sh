@@ -3,7 +3,7 @@
 #
 #     results/study.sh SEED...
 #
-# Sequences have 512 bytes: in the 128 of the laptop run, a window of 32 loses next to nothing.
+# The model and its settings are those of `python train.py`.
 # Runs go to runs/study/SEED (STUDY_RUNS names another place than runs/study). One that was
 # interrupted goes on, and what is finished stays.
 set -euo pipefail
@@ -20,8 +20,7 @@ train() {       # train FOLDER FLAGS...
     elif [ -f "$folder/run.json" ]; then
         "$python" train.py --resume --out "$folder"
     else
-        "$python" train.py --out "$folder" --data "$library/*.py" --preset laptop --context 512 --batch 4 \
-            "$@"
+        "$python" train.py --out "$folder" --data "$library/*.py" --preset laptop "$@"
     fi
 }
 
