@@ -48,6 +48,7 @@ from nanodmc.policies import POLICIES
 from nanodmc.prompts import LIMITS, answer_prompts, read_prompt
 from nanodmc.results import only_writer, read_results, refuse_files_of, refuse_same_files
 from nanodmc.sampling import chooser, generate
+from nanodmc.seeds import is_comparison
 from nanodmc.terminal import to_show
 from nanodmc.tokenizer import Tokenizer
 
@@ -62,6 +63,7 @@ TAKES = {            # what has an effect in each mode, besides ckpt and device
     "--prompts": f"prompts random_weights verify cache {SAMPLING} out batch cache_gb profile",
     "--analyse": "analyse verify data tokens ops",
     "--compare": "compare policy cr data tokens out ops",
+    "--compare FILE.json": "compare out",
     "--tasks": "tasks include limit random_weights cache ops seed out",
     "--tasks --policy": "tasks include limit policy cr ops seed out",
     "--bench": "bench model cr prompt_tokens tokens batch cache_gb out",
@@ -257,7 +259,9 @@ def refuse_idle_flags(args, given):
         mode = "--bench --ckpt"
     if mode == "--tasks" and args.policy:
         mode = "--tasks --policy"
-    idle = given - {"device", *TAKES[mode].split()} - ({"ckpt"} if mode != "--compare" else set())
+    if mode == "--compare" and any(map(is_comparison, args.compare)):
+        mode = "--compare FILE.json"
+    idle = given - {"device", *TAKES[mode].split()} - (set() if args.compare else {"ckpt"})
     if {"prompt", "prompt_file"} <= given - idle:
         raise InputError("--prompt and --prompt-file are two prompts; leave one of them out.")
     if not mode and args.samples > 1 and args.temperature == 0:
@@ -349,7 +353,8 @@ def flags_of_all_modes():
     flags.add_argument("--compare", nargs="+", metavar="NAME", help=(
         "measure runs (a folder of train.py: all its models) and models side by side on a held-out "
         "text, with averaging and --policy for plain ones; --cr, --tokens [16384 of the text] and "
-        "--out FILE.json, with FILE.md and FILE.png, count here too"))
+        "--out FILE.json, with FILE.md and FILE.png, count here too; or put together the FILE.json "
+        "of several seeds"))
     flags.add_argument("--policy", metavar="NAMES", help=(
         f"eviction policies with commas between [{','.join(POLICIES)}]"))
     flags.add_argument("--data", nargs="+", metavar="FILE", help=(

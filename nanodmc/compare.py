@@ -18,6 +18,7 @@ from nanodmc.contenders import Subject, all_cases, held_out
 from nanodmc.files import InputError, write_atomically, write_json
 from nanodmc.heldout import chosen, pieces
 from nanodmc.plots import plot_comparison
+from nanodmc.seeds import combine, is_comparison
 
 TOKENS = 16_384        # of the held-out text, unless --tokens says so
 
@@ -125,12 +126,13 @@ def row_of(case, cut, measured, itemsize, plain=None):
 # ------------------------------------------------------------------------------------- --compare
 
 def checked_out(out):
-    """Raise InputError where --out cannot take a comparison. Writes nothing."""
+    """--out, where it can take a comparison; else raises InputError. Writes nothing."""
     if out.suffix != ".json":
         raise InputError(f"--out {out} is no name for a comparison; let it end with .json.")
     if taken := [path for path in map(out.with_suffix, (".json", ".md", ".png")) if path.exists()]:
         raise InputError(f"{taken[0]} is there already; choose another --out, or remove it.")
     check_folder(out.parent)
+    return out
 
 
 class Comparison:
@@ -196,9 +198,14 @@ class Comparison:
 def compare(args, device):
     """--compare: a row for each model, and for its plain model with every policy at every CR.
 
+    Or of results of earlier comparisons: the means of their rows.
+
     args: compare, policy (names with commas between, or None), cr, data, tokens, out, ops. Raises
     InputError.
     """
+    if any(map(is_comparison, args.compare)):
+        combine(args.compare, args.out and checked_out(args.out))
+        return
     policies = None if args.policy is None else [p for p in args.policy.split(",") if p]
     ratios = args.cr or [2.0, 4.0, 8.0]
     done = Comparison(args.compare, policies, ratios, args.data, args.tokens, args.out)
