@@ -48,12 +48,10 @@ from nanodmc.files import InputError, write_json
 from nanodmc.losses import language_loss, taught_losses
 from nanodmc.optim import (
     before_training,
-    checked_memory,
     compile_parts,
+    fitted,
     flops_per_token,
     flops_share,
-    free_memory,
-    memory_plan,
     new_optimizer,
     peak_memory,
     recompute_layers,
@@ -243,7 +241,7 @@ def build(run, phase):
         torch.manual_seed(s.seed)
         model = (random_model(shape(s.init), ops, dtype=s.dtype) if s.init
                  else dmc.Transformer(s.small_config(), ops).to(s.dtype))
-    return ready(model, s, run.device)
+    return ready(model, s, run.device, run.recompute)
 
 
 def teacher_of(run):
@@ -251,12 +249,13 @@ def teacher_of(run):
     return build(run, replace(run.phases[0], start=run.phases[1].start))
 
 
-def ready(model, s, device):
+def ready(model, s, device, recompute):
     """The model on its device, or its share where there are several ranks, ready to train.
 
-    On a GPU, what lies between its matrix products is compiled.
+    recompute: keep only the layers' inputs for the backward pass. On a GPU, what lies between the
+    matrix products is compiled.
     """
-    if s.lean:
+    if recompute:
         recompute_layers(model)
     model = model.to(device) if rank_count() == 1 else share_out(model, s.dtype, device)
     if next(model.parameters()).is_cuda:
@@ -310,12 +309,13 @@ def timed_steps(s, steps, name):
     phase = Phase(name, None, None, steps, 0, 0, s.lr, dmc=name == "dmc",
                   cr=(1.0, s.cr) if name == "dmc" else None)
     config = shape(s.init, **s.method(phase.dmc))
-    show(checked_memory(memory_plan(config, s, ranks), free_memory()), "memory")
+    recompute, planned = fitted(config, s, ranks=ranks)
+    show(planned, "memory")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(s.seed)
     place = device if ranks == 1 else None
-    model = ready(random_model(config, OPS[s.ops], place, s.dtype), s, device)
+    model = ready(random_model(config, OPS[s.ops], place, s.dtype), s, device, recompute)
     optimizer = new_optimizer(model, s, count)
     torch.manual_seed(s.seed + this_rank())
     for step in range(steps):

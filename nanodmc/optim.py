@@ -13,6 +13,7 @@ from dmc import Transformer
 from nanodmc.files import InputError, read_lines
 from nanodmc.parallel import local, over_ranks
 
+ROOM = 0.75              # of the memory, that a plan without recomputation may take
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}          # bf16, dense, SXM cards
 
 
@@ -195,35 +196,39 @@ def add_gradient(reference, p):
 
 # --------------------------------------------------------------------------------- the memory plan
 
-def memory_plan(config, s, ranks=1):
+def memory_plan(config, s, ranks=1, recompute=True):
     """What a run needs on each GPU: bytes by name.
 
-    Counted where a tensor stays, estimated where it comes and goes.
+    Counted where a tensor stays, estimated where it comes and goes. recompute: whether layers keep
+    only their input for the backward pass; in fp32 they always keep everything.
     """
     with torch.device("meta"):
         model = Transformer(config)
     size = lambda module: sum(p.numel() for p in module.parameters())
-    taught = s.distill > 0
+    taught, recompute = s.distill > 0, recompute and s.lean
     n, layer, width = size(model), size(model.layers[0]), s.dtype.itemsize
     ends = n - config.n_layer * layer                    # embedding, output matrix, last norm
     sequences = s.micro_batch or s.batch // ranks
     tokens = sequences * s.context
     summed = s.lean and sequences * ranks < s.batch
-    kept = config.n_layer * tokens * config.dim * width if s.lean else 0
-    # of one layer, both passes; without recomputation every layer's, with T x T masks and scores
-    work = tokens * width * (24 * config.head_dim * config.n_head + 6 * config.ffn_dim)
+    # of one layer: what its forward pass keeps, and both passes at their peak
+    heads, square = config.head_dim * config.n_head, 0
     if not s.lean:
-        work += 4 * sequences * config.n_head * s.context ** 2 * width
-        work *= config.n_layer
+        square = 4 * sequences * config.n_head * s.context ** 2 * width     # masks and scores
+    whole = tokens * width * (18 * heads + 4 * config.ffn_dim) + square
+    within = tokens * width * (24 * heads + 6 * config.ffn_dim) + square
     chunked = s.lean or taught       # logits of 2,048 tokens at a time; a teacher has its own
     logits = (min(tokens, 2048) if chunked else tokens) * config.vocab_size * (14 + 8 * taught)
+    logits += config.vocab_size * config.dim * width * summed       # a gradient to be summed
     gathered = 2 * (2 * layer + ends) * width if ranks > 1 else 0
     return {"weights": n * width // ranks,
             "gradients": n * (4 if summed else width) // ranks,
             "moments": 2 * n * width // ranks,
             "teacher": n * width // ranks * taught,
-            "kept activations": kept,
-            "work": max(work + layer * width * summed, logits) + gathered,
+            "kept activations": config.n_layer * (
+                tokens * config.dim * width if recompute else whole),
+            "work": max(within - whole * (not recompute) + layer * width * summed, logits)
+            + gathered,
             # CUDA itself, and what falls between the blocks
             "reserve": 2 * 10 ** 9 * torch.cuda.is_available()}
 
@@ -247,6 +252,20 @@ def checked_memory(plan, free):
             "free; lower --micro-batch or --context, take --precision bf16, or use more cards "
             "with torchrun.")
     return f"{total / 1e9:.1f}{of} GB: {parts}"
+
+
+def fitted(config, s, memory=None, ranks=1):
+    """Whether layers are to keep only their input (recompute_layers), and the plan in words.
+
+    memory: bytes that each card may hold; None: what is free. In bf16 only the input is kept,
+    unless everything fits with room to spare. The ranks agree. Results are the same bit for bit,
+    since noise is drawn again as it was. Raises InputError as checked_memory does.
+    """
+    memory = memory or free_memory()
+    plan = partial(memory_plan, config, s, ranks)
+    scarce = s.lean and (memory is None or sum(plan(recompute=False).values()) > ROOM * memory)
+    recompute = over_ranks(torch.tensor(float(scarce))).item() > 0
+    return recompute, checked_memory(plan(recompute), memory)
 
 
 # ---------------------------------------------------------------------------------- speed and peaks

@@ -23,11 +23,9 @@ from nanodmc.claim import Claim
 from nanodmc.cli import provenance, typed
 from nanodmc.files import InputError, listed, write_atomically, write_json
 from nanodmc.optim import (
-    checked_memory,
+    fitted,
     flops_per_token,
     flops_share,
-    free_memory,
-    memory_plan,
     parameter_count,
     peak_memory,
     states,
@@ -113,12 +111,13 @@ class Run:
             raise InputError(f"--batch {s.batch} cannot be shared by {self.ranks} cards with "
                              f"--micro-batch {s.micro_batch}; choose a multiple.")
         self.flops = flops_per_token(config, s.context)
+        self.recompute, planned = fitted(config, s, memory, self.ranks)
         self.tokenizer = Tokenizer.from_folder(self.given) if self.given else Tokenizer.bytes()
         return {
             "model": f"{s.init or 'a small Llama'}, {parameter_count(config):,} parameters: "
                      f"{config.n_layer} layer{'s' * (config.n_layer > 1)}, {config.n_head} heads, "
                      f"width {config.dim}",
-            "memory": checked_memory(memory_plan(config, s, self.ranks), memory or free_memory())}
+            "memory": planned}
 
     def read_text(self, key):
         """Read the text, as tokens; returns what there is to say of it.

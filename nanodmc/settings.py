@@ -150,7 +150,7 @@ class Settings:
     clip: float = setting("optimizer", 1.0, "largest norm of the gradient")
     precision: str = setting(
         "optimizer", "fp32", "fp32, or bf16 to save memory: weights and AdamW's moments in bf16, "
-        "rounded stochastically; one activation kept per layer; no full logits. 6 bytes per "
+        "rounded stochastically; little kept of each layer if need be; no full logits. 6 bytes per "
         "parameter, and 4 for the sums of gradients", "bf16", choices=["fp32", "bf16"],
         metavar="NAME")
 

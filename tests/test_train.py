@@ -192,9 +192,9 @@ def alive(monkeypatch):
     held = {"models": [], "states": []}
     still = lambda kind: [x() for x in held[kind] if x() is not None]
 
-    def ready(model, s, device, real=train.ready):
+    def ready(*args, real=train.ready):
         assert not still("models") and not still("states")          # of the phase before
-        model = real(model, s, device)
+        model = real(*args)
         optim.compile_parts(model, backend="eager")
         held["models"] += map(weakref.ref, (*model.modules(), *model.parameters()))
         return model
