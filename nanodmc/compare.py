@@ -29,30 +29,43 @@ class Measured(NamedTuple):
     """Of each piece, in the order of the pieces; fp64."""
 
     nats: torch.Tensor       # summed over its tokens
+    kl: torch.Tensor         # KL(given model || this one), the same; of no given model, 0
     slots: torch.Tensor      # summed over layers and heads
     padded: torch.Tensor     # the same, where all heads of a layer are as long as the longest
     allocated: float | None  # bytes, summed over the pieces
     seconds: float
 
 
+class Given(NamedTuple):
+    """What is left of a model when it has read the Pieces: enough for its distributions."""
+
+    lm_head: torch.nn.Module
+    hidden: dict             # number of a piece -> (tokens, dim)
+
+
 @torch.no_grad()
-def measure(model, case, cut, each=lambda tokens: None):
+def measure(model, case, cut, each=lambda tokens: None, given=None, kept=None):
     """Take Pieces through a case's cache, those of one length together. Returns Measured.
 
-    each: is called after each batch with the tokens in it.
+    each: is called after each batch with the tokens in it. given: a Given to measure the divergence
+    from. kept: a dict that takes the hidden states of each piece by its number.
     """
     weight, began = model.lm_head.weight, time.perf_counter()
-    figures, allocated = torch.zeros(3, len(cut), dtype=torch.float64), []
+    figures, allocated = torch.zeros(4, len(cut), dtype=torch.float64), []
     length = lambda i: len(cut[i].ids) - 1
     for tokens, same in groupby(sorted(range(len(cut)), key=length, reverse=True), key=length):
         make, same, rows = case.make_cache(model, tokens), list(same), max(1, 4096 // tokens)
         for part in (same[i:i + rows] for i in range(0, len(same), rows)):
             ids = torch.tensor([cut[i].ids for i in part], device=weight.device)
             cache = make(model.config, len(part), weight.device, weight.dtype)
-            figures[0, part] = nats(model, ids[:, :-1], ids[:, 1:], cache).cpu()
+            hidden, _ = model.hidden(ids[:, :-1], cache)
+            if kept is not None:
+                kept.update(zip(part, hidden, strict=True))
+            known = given and (given.lm_head, torch.stack([given.hidden[i] for i in part]))
+            figures[:2, part] = costs(model.lm_head, ids[:, 1:], hidden, known).cpu()
             lengths = cache.lengths.double().cpu()                           # (L, B, G)
-            figures[1, part] = lengths.sum((0, 2))
-            figures[2, part] = lengths.amax(2).sum(0) * lengths.size(2)
+            figures[2, part] = lengths.sum((0, 2))
+            figures[3, part] = lengths.amax(2).sum(0) * lengths.size(2)
             if hasattr(cache, "bytes"):
                 allocated.append(cache.bytes.allocated)
             del cache
@@ -60,16 +73,22 @@ def measure(model, case, cut, each=lambda tokens: None):
     return Measured(*figures, sum(allocated) if allocated else None, time.perf_counter() - began)
 
 
-def nats(model, x, y, cache, chunk=2048):
-    """What the tokens y (B, T) after x cost, summed over T: (B,), fp64.
+def costs(lm_head, y, hidden, given=None, chunk=2048):
+    """What the tokens y (B, T) cost, and KL(given || model), summed over T: (2, B), fp64.
 
-    The logits of `chunk` tokens are made at a time.
+    hidden (B, T, dim): of the tokens before them. given: another model's lm_head and hidden, or
+    None, for which the divergence is 0. The logits of `chunk` tokens are made at a time.
     """
-    hidden, _ = model.hidden(x, cache)
-    steps, total = max(1, chunk // len(x)), 0
-    for h, targets in zip(hidden.split(steps, 1), y.split(steps, 1), strict=True):
-        logits = wide(model.lm_head(h)).transpose(1, 2)
-        total = total + F.cross_entropy(logits, targets, reduction="none").double().sum(1)
+    steps, total = max(1, chunk // len(y)), torch.zeros(2, len(y), dtype=torch.float64,
+                                                        device=y.device)
+    for start in range(0, y.size(1), steps):
+        part = slice(start, start + steps)
+        ours = wide(lm_head(hidden[:, part])).log_softmax(-1)
+        total[0] += F.nll_loss(ours.transpose(1, 2), y[:, part], reduction="none").double().sum(1)
+        if given:
+            theirs = wide(given[0](given[1][:, part])).log_softmax(-1)
+            parts = F.kl_div(ours, theirs, reduction="none", log_target=True)
+            total[1] += parts.sum(-1).double().sum(1)
     return total
 
 
@@ -95,11 +114,11 @@ def by_unit(x, cut):
     return torch.zeros(int(number.max()) + 1, dtype=x.dtype).index_add(0, number, x)
 
 
-def row_of(case, cut, measured, itemsize, plain=None):
+def row_of(case, cut, measured, itemsize, plain=None, taught=False):
     """A row of the comparison, a dict.
 
     itemsize: bytes of a number in the cache. plain: the nats of each piece by the plain model that
-    the case is compared with, or None.
+    the case is compared with, or None. taught: whether there is a given model to be close to.
     """
     config, double = case.config, torch.float64
     heads = case.heads or config.n_kv_head
@@ -108,6 +127,7 @@ def row_of(case, cut, measured, itemsize, plain=None):
     over = lambda amounts, parts: ratio_and_error(by_unit(amounts, cut), by_unit(parts, cut))
     (loss, error), (per_byte, byte_error) = (over(measured.nats, x) for x in (tokens, sizes))
     above = over(measured.nats - plain, tokens) if plain is not None else (None, None)
+    kl = over(measured.kl, tokens) if taught else (None, None)
     count = tokens.sum().item()
     slots, full = measured.slots.sum().item(), count * config.n_layer * heads
     mean_bytes = slots * 2 * config.head_dim * itemsize / len(cut)
@@ -118,6 +138,7 @@ def row_of(case, cut, measured, itemsize, plain=None):
         "nats_per_token": loss, "stderr": error,
         "nats_per_byte": per_byte, "stderr_per_byte": byte_error,
         "above_plain": above[0], "above_plain_stderr": above[1],
+        "kl_from_given": kl[0], "kl_from_given_stderr": kl[1],
         "cache_bytes": mean_bytes, "cache_bytes_per_token": mean_bytes * len(cut) / count,
         "allocated_bytes": measured.allocated and measured.allocated / len(cut),
         "tokens": int(count), "tokens_per_second": count / measured.seconds}
@@ -161,22 +182,29 @@ class Comparison:
             "same_tokenizer": len(vocabularies) == 1}
         self.facts = provenance()
         self.plain = {subject.argument: subject.plain[1] for subject in subjects if subject.plain}
+        self.first = {subject.argument: subject.models[0][1] for subject in subjects
+                      if subject.models[0][3] == "plain"}       # the model given
 
     def run(self, ops, device):
         """Measure all Cases, and write what there is after each."""
         progress = Progress(len(self.cases), self.text["tokens"])
-        model, loaded, nats_of = None, None, {}
+        model, loaded, nats_of, given = None, None, {}, {}
         for number, case in enumerate(self.cases):
             if loaded != case.folder:
                 model, loaded = None, case.folder                 # one model in memory at a time
                 model = load(case.folder, ops, device)
             cut = self.cut[case.argument]
             progress.begin(case, self.cases[number + 1:])
-            measured = measure(model, case, cut, progress.add)
+            first = self.first.get(case.argument)
+            hidden = {} if case.method == "plain" and case.folder == first else None
+            measured = measure(model, case, cut, progress.add, given.get(first), hidden)
             if case.method == "plain":
                 nats_of[case.folder] = measured.nats
+            if hidden:
+                given[first] = Given(model.lm_head, hidden)
             plain = nats_of.get(self.plain.get(case.argument))
-            self.rows.append(row_of(case, cut, measured, model.lm_head.weight.itemsize, plain))
+            self.rows.append(row_of(case, cut, measured, model.lm_head.weight.itemsize, plain,
+                                    taught=first in given))
             progress.end()
             self.write()
         progress.clear()

@@ -60,19 +60,24 @@ def table(rows, text):
     return "\n".join([*lines, "", *map(wrapped, notes(text))])
 
 
+def with_error(row, key, sign):
+    """A figure of a row with its standard error, or nothing where there is no figure."""
+    value, error = row[key], row[f"{key}_stderr"]
+    if value is None:
+        return ""
+    return f"{value:{sign}.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+
 def markdown(rows, text):
-    """The rows as a table in Markdown, with how much each costs above its plain model."""
+    """The rows as a table in Markdown: also how much each costs above its plain model, and its
+    divergence from the model given."""
     lines = [about(text), "",
              "| | CR | padded CR | nats/token | ± | nats/byte | cache | tokens/s "
-             "| above plain, nats/token |", "|---|" + "--:|" * 8]
+             "| above plain, nats/token | KL from given |", "|---|" + "--:|" * 9]
     for row in rows:
-        above = ""
-        if row["above_plain"] is not None:
-            above = f"{row['above_plain']:+.4f}"
-            if row["above_plain_stderr"] is not None:
-                above += f" ± {row['above_plain_stderr']:.4f}"
         name = row["name"].replace("|", "\\|")
-        lines.append("| " + " | ".join([name, *cells(row), above]) + " |")
+        further = with_error(row, "above_plain", "+"), with_error(row, "kl_from_given", "")
+        lines.append("| " + " | ".join([name, *cells(row), *further]) + " |")
     return "\n".join([*lines, "", *notes(text)]).replace("+-:", "±:") + "\n"
 
 

@@ -246,6 +246,27 @@ def test_figures_of_a_run_are_those_of_its_model(finished):
     assert rows["pretrained"]["above_plain"] is None and rows["h2o 2x"]["above_plain"] != 0
 
 
+def test_the_divergence_is_that_from_the_model_given(finished):
+    """KL(given || model), token by token from the probabilities, in fp64 by the training form."""
+    done = compare.Comparison([str(finished)], ["h2o"], [2.0], None, 90, None)
+    done.run(dmc, "cpu")
+    rows = {row["name"]: row for row in done.rows}
+    model_of = lambda name: load(finished / name, dtype=torch.float64)
+    given, names = model_of("pretrained"), {"control": "control", "cr2": "DMC 2x"}
+    for folder, name in names.items():
+        model, divergence = model_of(folder), 0
+        for text in done.texts:
+            ids = [256, *text.encode()]
+            for at in range(0, len(ids) - 1, 16):
+                x = torch.tensor([ids[at:at + 17]])[:, :-1]
+                p, q = (m(x)[0][0].softmax(-1) for m in (given, model))
+                divergence += (p * (p / q).log()).sum().item()
+        assert rows[name]["kl_from_given"] == pytest.approx(divergence / 90, abs=1e-5)
+        assert rows[name]["kl_from_given"] > 0
+    assert rows["pretrained"]["kl_from_given"] == 0
+    assert rows["h2o 2x"]["kl_from_given"] > 0
+
+
 def test_ctrl_c_keeps_what_is_done(finished, tmp_path, capsys, monkeypatch):
     measure, calls = compare.measure, iter(range(100))
 
@@ -374,7 +395,7 @@ def test_the_plot_has_a_line_for_each_method(same, tmp_path, monkeypatch):
     row = lambda method, cache, loss: {
         "name": method, "argument": "run", "method": method, "cache_bytes": cache * 1000,
         "nats_per_token": loss, "nats_per_byte": loss / 4, "above_plain": loss - 2,
-        "above_plain_stderr": 0.5}
+        "above_plain_stderr": 0.5, "kl_from_given": None, "kl_from_given_stderr": None}
     rows = [row("plain", 8, 2.0), row("tova", 2, 3.0), row("tova", 4, 2.5), row("DMC", 3, 2.2)]
     assert plots.plot_comparison(rows, {"same_tokenizer": same, "context": 9, "name": "a text"},
                                  tmp_path / "plot.png")
