@@ -45,7 +45,7 @@ from nanodmc.cli import OPS, Parser, number, provenance, run_command
 from nanodmc.config import shape
 from nanodmc.evaluate import evaluate
 from nanodmc.files import InputError, write_json
-from nanodmc.losses import language_loss, taught_losses
+from nanodmc.losses import language_loss, taught_loss
 from nanodmc.optim import (
     before_training,
     compile_parts,
@@ -192,9 +192,9 @@ def train_step(model, optimizer, phase, step, passes, s, teacher=None):
         if teacher is not None:
             with torch.no_grad():
                 expected, _ = teacher.hidden(inputs)
-            lm, kl = taught_losses(model.lm_head, targets, hidden, teacher.lm_head, expected)
-            loss = (1 - s.distill) * lm + s.distill * kl
-            kls.append(kl.detach())
+            loss, lm, kl = taught_loss(model.lm_head, targets, hidden, teacher.lm_head, expected,
+                                       s.distill)
+            kls.append(kl)
         elif s.lean:
             loss = lm = language_loss(model.lm_head, targets, hidden)
         else:

@@ -13,6 +13,7 @@ from dmc import Transformer
 from nanodmc.files import InputError, read_lines
 from nanodmc.parallel import local, over_ranks
 
+CHUNK = {"cuda": 2 ** 24, "cpu": 2 ** 20}   # parameters at a time: temporaries fit a CPU's caches
 ROOM = 0.75              # of the memory, that a plan without recomputation may take
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}          # bf16, dense, SXM cards
 
@@ -133,7 +134,6 @@ class RoundingAdamW(torch.optim.Optimizer):
     later ones. Each is added as soon as it exists, and freed. (An update within the backward pass
     would need no gradients at all, but clipping needs their norm first.)
     """
-    CHUNK = 2 ** 24          # parameters at a time, which bounds the fp32 temporaries
 
     def __init__(self, groups, betas, eps, sums):
         super().__init__(groups, dict(lr=0.0, betas=betas, eps=eps))
@@ -173,7 +173,7 @@ class RoundingAdamW(torch.optim.Optimizer):
                 state = self.state[p]
                 state["step"] += 1
                 numbers = self.numbers(group, state["step"].item(), p.device)
-                flat = (local(x).view(-1).split(self.CHUNK)
+                flat = (local(x).view(-1).split(CHUNK["cuda" if p.is_cuda else "cpu"])
                         for x in (p, self.gradient(p), state["exp_avg"], state["exp_avg_sq"]))
                 for w, grad, m, v in zip(*flat, strict=True):
                     bits = torch.empty_like(w, dtype=torch.int32).random_(-2 ** 31, 2 ** 31)

@@ -1,6 +1,7 @@
 """Properties of nanodmc/losses.py, against sums made token by token in fp64."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from nanodmc.losses import language_loss, taught_losses
+from nanodmc import losses
+from nanodmc.losses import language_loss, taught_loss
 from test_dmc import seeds
 
+shares = st.floats(0, 1)
 sizes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(2, 7))
 
 
@@ -28,8 +31,8 @@ def expected_next(head, x):
     return [power / sum(powers) for power in powers]
 
 
-@given(seeds, sizes, st.integers(1, 30))
-def test_losses_are_the_literal_sums(seed, size, chunk):
+@given(seeds, sizes, st.integers(1, 30), shares)
+def test_losses_are_the_literal_sums(seed, size, chunk, share):
     (head, other), (hidden, given_hidden), targets = drawn(seed, *size)
     nats = kl = 0.0
     for b in range(size[0]):
@@ -41,31 +44,38 @@ def test_losses_are_the_literal_sums(seed, size, chunk):
                       for p, q in zip(theirs, ours, strict=True))
     tokens = size[0] * size[1]
     loss = language_loss(head, targets, hidden, chunk)
-    assert loss.item() == pytest.approx(nats / tokens, abs=1e-5)      # logits are made fp32
-    both = taught_losses(head, targets, hidden, other, given_hidden, chunk)
-    assert both.tolist() == pytest.approx([nats / tokens, kl / tokens], abs=1e-5)
+    assert loss.item() == pytest.approx(nats / tokens, rel=1e-9)
+    taught = taught_loss(head, targets, hidden, other, given_hidden, share, chunk)
+    assert [x.item() for x in taught] == pytest.approx(
+        [((1 - share) * nats + share * kl) / tokens, nats / tokens, kl / tokens], rel=1e-9)
 
 
-@given(seeds, sizes, st.integers(1, 30))
-def test_chunks_change_no_gradient_and_the_teacher_has_none(seed, size, chunk):
+@given(seeds, sizes, st.integers(1, 30), shares, st.integers(1, 40))
+def test_gradients_are_those_of_the_formulas(seed, size, chunk, share, block):
+    """For any chunks, and any blocks within them. The teacher has none."""
     (head, other), (hidden, given_hidden), targets = drawn(seed, *size)
-    inputs = [hidden.requires_grad_(), given_hidden.requires_grad_(), head.weight, other.weight]
-    for loss in (lambda n: language_loss(head, targets, hidden, n),
-                 lambda n: taught_losses(head, targets, hidden, other, given_hidden, n)[0],
-                 lambda n: taught_losses(head, targets, hidden, other, given_hidden, n)[1]):
-        whole, cut = (torch.autograd.grad(loss(n), inputs, allow_unused=True)
-                      for n in (10 ** 6, chunk))
-        assert whole[1] is whole[3] is cut[1] is cut[3] is None
-        for a, b in ((whole[0], cut[0]), (whole[2], cut[2])):
-            assert a.abs().sum() > 0 and torch.allclose(a, b, atol=1e-6)
+    inputs = [hidden.requires_grad_(), head.weight, given_hidden.requires_grad_(), other.weight]
+    q, p = head(hidden).log_softmax(-1), other(given_hidden).log_softmax(-1).detach()
+    nats = -q.gather(2, targets[..., None]).mean()
+    kl = (p.exp() * (p - q)).sum(-1).mean()
+    with mock.patch.dict(losses.BLOCK, cpu=block):
+        for ours, literal in (
+                (language_loss(head, targets, hidden, chunk), nats),
+                (taught_loss(head, targets, hidden, other, given_hidden, share, chunk)[0],
+                 (1 - share) * nats + share * kl)):
+            *found, none, nothing = torch.autograd.grad(3 * ours, inputs, allow_unused=True)
+            expected = torch.autograd.grad(3 * literal, inputs[:2], retain_graph=True)
+            assert none is nothing is None
+            for a, b in zip(found, expected, strict=True):
+                assert b.abs().sum() > 0 and torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
 @given(seeds, sizes)
 def test_a_model_does_not_diverge_from_itself(seed, size):
     (head, _), (hidden, _), targets = drawn(seed, *size)
-    loss = taught_losses(head, targets, hidden.requires_grad_(), head, hidden)[1]
-    assert abs(loss.item()) < 1e-6
-    assert torch.autograd.grad(loss, hidden)[0].abs().max() < 1e-6
+    loss = taught_loss(head, targets, hidden.requires_grad_(), head, hidden, 1.0)[0]
+    assert abs(loss.item()) < 1e-12
+    assert torch.autograd.grad(loss, hidden)[0].abs().max() < 1e-12
 
 
 def test_logits_of_all_tokens_never_exist_at_once():
@@ -82,7 +92,7 @@ def test_logits_of_all_tokens_never_exist_at_once():
 
     (head, other), (hidden, given_hidden), targets = drawn(0, 4, 250, 501)
     for loss in (lambda: language_loss(head, targets, hidden, 100),
-                 lambda: taught_losses(head, targets, hidden, other, given_hidden, 100).sum()):
+                 lambda: taught_loss(head, targets, hidden, other, given_hidden, 0.5, 100)[0]):
         with Largest() as largest:
             loss().backward()
         assert largest.size == 100 * 501
