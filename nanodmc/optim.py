@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dmc import Transformer
 from nanodmc.files import InputError, read_lines
+from nanodmc.losses import BLOCK
 from nanodmc.parallel import local, over_ranks
 
 CHUNK = {"cuda": 2 ** 24, "cpu": 2 ** 20}   # parameters at a time: temporaries fit a CPU's caches
@@ -217,8 +218,9 @@ def memory_plan(config, s, ranks=1, recompute=True):
         square = 4 * sequences * config.n_head * s.context ** 2 * width     # masks and scores
     whole = tokens * width * (18 * heads + 4 * config.ffn_dim) + square
     within = tokens * width * (24 * heads + 6 * config.ffn_dim) + square
-    chunked = s.lean or taught       # logits of 2,048 tokens at a time; a teacher has its own
-    logits = (min(tokens, 2048) if chunked else tokens) * config.vocab_size * (14 + 8 * taught)
+    logits = 14 * tokens * config.vocab_size
+    if s.lean or taught:        # of 2,048 tokens: they and their gradient, some twice, a teacher's
+        logits = (5 + taught) * width * min(tokens, 2048) * config.vocab_size + 20 * BLOCK["cuda"]
     logits += config.vocab_size * config.dim * width * summed       # a gradient to be summed
     gathered = 2 * (2 * layer + ends) * width if ranks > 1 else 0
     return {"weights": n * width // ranks,

@@ -250,7 +250,10 @@ PRESETS = {
     "llama2-7b": PAPER,
     "llama2-13b": PAPER,
     "llama2-70b": {**PAPER, "lr": 1.5e-5},
-    "short": {**PAPER, **BRIEF, "tau": 0.2, "c": 3.0, "cr_weight": 2.0, "channel_lr_factor": 10.0}}
+    "few-tokens": {**PAPER, "context": 512, "batch": 4, "micro_batch": 4, "free_steps": 100,
+                   "retrofit_steps": 210, "solidify_steps": 50, "distill": 1.0, "tau": 0.5,
+                   "c": 3.0, "cr_weight": 3.0, "lr": 2e-4, "channel_lr_factor": 25.0,
+                   "eval_sequences": 64}}
 CHANGEABLE = {"lr", "clip", "save_every", "log_every", "solidify"}      # when a run is resumed
 
 

@@ -15,9 +15,9 @@ ORDER = [["dmc"],
          *([name] for name in (
              "interrupts", "files", "locks", "terminal", "cli", "variants", "config", "weights",
              "checkpoint", "parallel", "added_tokens", "splits", "merge_order", "tokenizer",
-             "documents", "token_cache", "text", "phases", "records", "settings", "tables", "optim",
-             "losses", "evaluate", "baselines", "policies", "sampling", "plots", "stopping",
-             "claim", "state", "runs", "heldout", "contenders", "comparison", "seeds", "compare",
+             "documents", "token_cache", "text", "phases", "records", "settings", "tables",
+             "losses", "optim", "evaluate", "baselines", "policies", "sampling", "plots",
+             "stopping", "claim", "state", "runs", "heldout", "contenders", "comparison", "seeds", "compare",
              "pool", "engine", "results", "prompts", "merges", "analyses", "peers", "cases",
              "bench", "scoring", "humaneval", "harness", "benchmarks")),
          ["train", "generate"]]
