@@ -17,9 +17,9 @@ ORDER = [["dmc"],
              "checkpoint", "parallel", "added_tokens", "splits", "merge_order", "tokenizer",
              "documents", "token_cache", "text", "phases", "records", "settings", "tables",
              "losses", "optim", "evaluate", "baselines", "policies", "sampling", "plots",
-             "stopping", "claim", "state", "runs", "heldout", "contenders", "comparison", "seeds", "compare",
-             "pool", "engine", "results", "prompts", "merges", "analyses", "peers", "cases",
-             "bench", "scoring", "humaneval", "harness", "benchmarks")),
+             "stopping", "claim", "state", "runs", "heldout", "contenders", "comparison", "seeds",
+             "compare", "pool", "engine", "results", "prompts", "merges", "analyses", "peers",
+             "cases", "bench", "scoring", "humaneval", "harness", "benchmarks")),
          ["train", "generate"]]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 MODULES = {**{path.stem: path for path in HERE.glob("nanodmc/*.py") if path.stem != "__init__"},
