@@ -25,11 +25,14 @@ from nanodmc.files import (
 from nanodmc.variants import ops_of
 from nanodmc.weights import plainly, read_weights, verify, weight_files, write_safetensors
 
+TRAVELS = Path(dmc.__file__), Path(__file__).with_name("modeling_dmc.py")      # for transformers
+
 # ----------------------------------------------------------------------------------------- files
 
 def save(model, path, tokenizer=None, shard_bytes=5 * 10 ** 9, **facts):
     """Write a checkpoint: safetensors, config.json, and the files of the Tokenizer given.
 
+    Beside a DMC model go the two files by which Hugging Face's transformers opens it.
     facts: for config.json, such as the CR reached. More than shard_bytes of weights are cut into
     shards with an index. A kill at any moment leaves the old checkpoint or the new one, since the
     weights' file repeats config.json and shards get names that are free. Raises InputError where
@@ -48,6 +51,9 @@ def save(model, path, tokenizer=None, shard_bytes=5 * 10 ** 9, **facts):
         shards[-1][key] = p.detach().contiguous()
     config["torch_dtype"] = str(p.dtype).removeprefix("torch.")
     remove_leftovers(path)
+    for source in TRAVELS if model.config.dmc else ():
+        content = source.read_bytes()
+        write_atomically(path / source.name, lambda f, content=content: f.write_bytes(content))
     own, names = json.dumps(config), free_names(path, len(shards))
     for name, weights in zip(names, shards, strict=True):
         write_atomically(

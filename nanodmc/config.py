@@ -9,6 +9,8 @@ from nanodmc.files import InputError, is_number, read_json
 from nanodmc.variants import VARIANTS, VariantConfig
 
 MODEL_TYPE = "dmc_llama"        # not "llama", so that software without DMC refuses the weights
+AUTO_MAP = {"AutoConfig": "modeling_dmc.DMCLlamaConfig",        # where transformers finds them
+            "AutoModelForCausalLM": "modeling_dmc.DMCLlamaForCausalLM"}
 IN_CONFIG_JSON = {
     "vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
     "n_kv_head": "num_key_value_heads", "dim": "hidden_size", "ffn_dim": "intermediate_size",
@@ -138,7 +140,8 @@ def config_to_json(config, **facts):
         method = {"method": "dmc", "window": config.window, "tau": config.tau, "c": config.c}
         if isinstance(config, VariantConfig):
             method |= {"variant": config.variant, "every": config.every}
-        facts = {"dmc": {**method, **facts}}
+        facts = {"auto_map": AUTO_MAP, "tokenizer_class": "PreTrainedTokenizerFast",
+                 "dmc": {**method, **facts}}
     return {**kind, "hidden_act": "silu", **values, **facts}
 
 

@@ -41,15 +41,16 @@ def theirs_of(folder, end="<|endoftext|>"):
     from lm_eval.models.huggingface import HFLM
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"), bos_token=end, eos_token=end, pad_token=end)
-    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
+                                                              trust_remote_code=True)
     return HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=8, device="cpu")
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """The same small plain model, ours and lm_eval's, and its tokenizer."""
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "DMC"])
+def pair(tmp_path_factory, request):
+    """The same small model, ours and lm_eval's; half of the tokens of a DMC model merge."""
     oracle("lm_eval")
-    folder, model = tmp_path_factory.mktemp("harness"), small(dmc=False)
+    folder, model = tmp_path_factory.mktemp("harness"), small(dmc=request.param, c=0.0)
     checkpoint.save(model, folder, Tokenizer.bytes())
     with benchmarks.quiet():
         return harness.adapter(model, Tokenizer.from_folder(folder)), theirs_of(folder)

@@ -22,7 +22,8 @@ ORDER = [["dmc"],
              "cases", "bench", "scoring", "humaneval", "harness", "benchmarks")),
          ["train", "generate"]]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-MODULES = {**{path.stem: path for path in HERE.glob("nanodmc/*.py") if path.stem != "__init__"},
+NONE = "__init__", "modeling_dmc"        # the latter is copied beside weights, and never imported
+MODULES = {**{path.stem: path for path in HERE.glob("nanodmc/*.py") if path.stem not in NONE},
            **{name: HERE / f"{name}.py" for name in ("dmc", "dmc_fast", "train", "generate")}}
 
 
