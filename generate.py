@@ -15,6 +15,7 @@
                                         policies side by side, on one text
     python generate.py --tasks piqa,boolq
                                         benchmarks by lm_eval
+    python generate.py --chat           talk to an instruction-tuned model
     python generate.py --bench          what compression does for throughput
                                         (figure 5 of the paper)
     torchrun --nproc_per_node 2 generate.py ...
@@ -37,6 +38,7 @@ import torch
 from nanodmc import benchmarks
 from nanodmc.analyses import write_analyses
 from nanodmc.bench import benchmark
+from nanodmc.chat import talk, template_of
 from nanodmc.checkpoint import SHAPES, find_checkpoint, verify
 from nanodmc.cli import OPS, Parser, number, run_command, silence, wrapped
 from nanodmc.compare import compare
@@ -60,6 +62,7 @@ SAMPLING = "tokens samples temperature top_k top_p seed"
 TAKES = {            # what has an effect in each mode, besides ckpt and device
     "": f"random_weights verify cache ops prompt prompt_file {SAMPLING}",
     "--show-merges": "show_merges random_weights verify ops prompt prompt_file",
+    "--chat": "chat verify cache ops tokens temperature top_k top_p seed",
     "--prompts": f"prompts random_weights verify cache {SAMPLING} out batch cache_gb profile",
     "--analyse": "analyse verify data tokens ops",
     "--compare": "compare policy cr data tokens out ops",
@@ -69,7 +72,7 @@ TAKES = {            # what has an effect in each mode, besides ckpt and device
     "--bench": "bench model cr prompt_tokens tokens batch cache_gb out",
     "--bench --ckpt": "bench prompt_file cr prompt_tokens tokens batch cache_gb out"}
 
-WHOLE = "show_merges", "analyse", "compare", "tasks"       # modes that need the whole model
+WHOLE = "show_merges", "analyse", "compare", "tasks", "chat"       # modes that need the whole model
 
 
 # ----------------------------------------------------------------------- what happens, in order
@@ -101,15 +104,15 @@ def run(args):
         return
     text = read_prompt(args.prompt_file) if args.prompt_file else args.prompt
     model, tokenizer, name, facts = find_model(args, device)
-    if args.analyse:
-        print(f"{shown(name)}\n")
-        write_analyses(args.analyse, Path(name), model, tokenizer, args.data, args.tokens)
-        return
-    prompt = tokenizer.encode(text, prefix=True)
-    if not prompt:
+    prompt = None if args.chat or args.analyse else tokenizer.encode(text, prefix=True)
+    if prompt == []:
         raise InputError(EMPTY)
     print(f"{shown(name)}\n")
-    if args.show_merges:
+    if args.chat:
+        print(cache_report(talk(args, model, tokenizer, name, chosen_gain(args, model, facts))))
+    elif args.analyse:
+        write_analyses(args.analyse, Path(name), model, tokenizer, args.data, args.tokens)
+    elif args.show_merges:
         show_merges(args.show_merges, model, tokenizer, prompt, name)
     else:
         stream_samples(args, model, tokenizer, prompt, facts)
@@ -187,6 +190,8 @@ def full_cache_note(model, facts):
 
 def stream_samples(args, model, tokenizer, prompt, facts):
     """Print args.samples continuations, each as it is generated, and what its cache holds."""
+    if template_of(tokenizer):
+        print("(The prompt goes to the model as it is. To talk to it, add --chat.)\n")
     count = checked_count(model.config, prompt, args.tokens)
     gain = chosen_gain(args, model, facts)
     for i in range(args.samples):
@@ -252,9 +257,8 @@ def as_flag(name):
 
 def refuse_idle_flags(args, given):
     """Raise InputError where a flag was given that has no effect in the mode asked for."""
-    modes = [mode for mode in ("--bench", "--compare", "--tasks", "--prompts", "--analyse",
-                               "--show-merges") if getattr(args, mode[2:].replace("-", "_"))]
-    mode = modes[0] if modes else ""
+    modes = [mode for mode in reversed(TAKES) if mode and " " not in mode]
+    mode = next((mode for mode in modes if getattr(args, mode[2:].replace("-", "_"))), "")
     if mode == "--bench" and args.ckpt:
         mode = "--bench --ckpt"
     if mode == "--tasks" and args.policy:
@@ -299,6 +303,8 @@ def flags_of_all_modes():
         "read the prompt from a file"))
     flags.add_argument("--tokens", type=LIMITS["tokens"], help=(
         "how many to generate [256, or fewer where positions end]"))
+    flags.add_argument("--chat", action="store_true", help=(
+        "talk to an instruction-tuned model, by its own chat template"))
     flags.add_argument("--samples", type=number(1, 10 ** 6, int), default=1, help=(
         "how many continuations, each with a seed of its own [1]"))
 
