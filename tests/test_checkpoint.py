@@ -298,7 +298,7 @@ def test_transformers_reads_a_plain_model_and_refuses_a_dmc_model(tmp_path):
         assert largest_error(plain(tokens)[0], theirs(tokens).logits) < 1e-4
         assert theirs.config.eos_token_id == 256
     save(Transformer(config_of((8, 2))), tmp_path / "dmc")
-    with pytest.raises((ValueError, KeyError), match="dmc_llama"):
+    with pytest.raises((ValueError, KeyError), match="dmc_llama|custom code"):
         read(tmp_path / "dmc")
 
 
@@ -822,7 +822,7 @@ def test_the_same_model_gives_the_same_bytes(tmp_path, shard_bytes):
         save(model, tmp_path / name, shard_bytes=shard_bytes, cr=2.0)
         files = sorted((tmp_path / name).iterdir())
         contents.append([(file.name, file.read_bytes()) for file in files])
-        with safetensors.safe_open(files[-1] if shard_bytes > 2000 else files[1], "pt") as f:
+        with safetensors.safe_open(next((tmp_path / name).glob("*.safetensors")), "pt") as f:
             assert list(f.metadata()) and f.metadata()["format"] == "pt"
     assert contents[0] == contents[1] == contents[2]
 
@@ -874,7 +874,8 @@ def test_saving_removes_what_killed_saves_left_and_nothing_else(tmp_path):
     (tmp_path / ".tmpabcdef").write_text("notes of somebody else, which are longer than 16 bytes")
     save(model, tmp_path)
     assert {f.name for f in tmp_path.iterdir()} == {
-        "model.safetensors", "config.json", ".tmpkeep", ".tmpabcdef", "model-1-00001.partial"}
+        "model.safetensors", "config.json", ".tmpkeep", ".tmpabcdef", "model-1-00001.partial",
+        "dmc.py", "modeling_dmc.py"}
 
 
 @pytest.mark.parametrize("before, after", [(0, 2000), (2000, 0), (2000, 1500)])

@@ -13,7 +13,7 @@ from nanodmc import losses
 from nanodmc.losses import language_loss, taught_loss
 from test_dmc import seeds
 
-shares = st.floats(0, 1)
+shares = st.integers(0, 8).map(lambda eighths: eighths / 8)
 sizes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(2, 7))
 
 
