@@ -26,7 +26,6 @@
 from nanodmc import interrupts
 
 # isort: split
-import codecs
 import os
 import sys
 import time
@@ -51,7 +50,8 @@ from nanodmc.prompts import LIMITS, answer_prompts, read_prompt
 from nanodmc.results import only_writer, read_results, refuse_files_of, refuse_same_files
 from nanodmc.sampling import chooser, generate
 from nanodmc.seeds import is_comparison
-from nanodmc.terminal import to_show
+from nanodmc.settings import flag
+from nanodmc.terminal import print_bytes, to_show
 from nanodmc.tokenizer import Tokenizer
 
 interrupts.catch()
@@ -82,7 +82,7 @@ def run(args):
     device = chosen_device(args)
     for mode in WHOLE if rank_count() > 1 else ():
         if getattr(args, mode):
-            raise InputError(f"{as_flag(mode)} looks at all heads, and {rank_count()} ranks have a "
+            raise InputError(f"{flag(mode)} looks at all heads, and {rank_count()} ranks have a "
                              "part each; run it without torchrun.")
     page = (args.show_merges or "").endswith(".html") and Path(args.show_merges)
     refuse_same_files(prompts=args.prompts, prompt_file=args.prompt_file, out=args.out,
@@ -198,12 +198,10 @@ def stream_samples(args, model, tokenizer, prompt, facts):
         choose = chooser(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
                          seed=args.seed + i)
         cache = model.new_cache(1)
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         print(to_show(tokenizer.decode(prompt)), end="", flush=True)
-        for token in generate(model, cache, prompt, count, choose, tokenizer.stops, gain):
-            text = decoder.decode(tokenizer.token_bytes([token]))
-            print(to_show(text), end="", flush=True)
-        print(decoder.decode(b"", final=True) + f"\n\n{cache_report(cache)}\n")
+        tokens = generate(model, cache, prompt, count, choose, tokenizer.stops, gain)
+        print_bytes(tokenizer.token_bytes([token]) for token in tokens)
+        print(f"\n{cache_report(cache)}\n")
 
 
 def cache_report(cache):
@@ -250,11 +248,6 @@ def parse(argv):
     return args
 
 
-def as_flag(name):
-    """The flag behind an attribute of the arguments."""
-    return "--" + name.replace("_", "-")
-
-
 def refuse_idle_flags(args, given):
     """Raise InputError where a flag was given that has no effect in the mode asked for."""
     modes = [mode for mode in reversed(TAKES) if mode and " " not in mode]
@@ -276,7 +269,7 @@ def refuse_idle_flags(args, given):
         needs = [other for other in ("--prompts", "--bench", "--compare", "--tasks", "--analyse")
                  if name in TAKES[other].split()]
         what = f"with {mode}" if mode else f"without {' or '.join(needs)}"
-        raise InputError(f"{as_flag(name)} has no effect {what}; leave it out.")
+        raise InputError(f"{flag(name)} has no effect {what}; leave it out.")
 
 
 def flags_of_all_modes():

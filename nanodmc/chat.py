@@ -1,29 +1,28 @@
 """--chat: a conversation by the model's own template, whose cache is kept between the turns."""
 
-import codecs
-import json
 import signal
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 
-import torch
-
+from nanodmc.added_tokens import facts_beside
 from nanodmc.cli import installing, wrapped
 from nanodmc.files import InputError, one_line
-from nanodmc.sampling import SETTINGS, chooser, next_logits
-from nanodmc.terminal import to_show
+from nanodmc.sampling import SETTINGS, chooser, generate
+from nanodmc.terminal import print_bytes
 
 OPENING = "Type a message. Ctrl-C stops an answer; /exit or Ctrl-D ends the conversation.\n"
+
+
+def settings_of(tokenizer):
+    """What tokenizer_config.json says beside a Tokenizer's file."""
+    return facts_beside(tokenizer.source, "tokenizer_config.json", tokenizer.files)
 
 
 def template_of(tokenizer):
     """The chat template in the files of a Tokenizer, in Jinja's language; None: it has none."""
     if "chat_template.jinja" in tokenizer.files:
         return tokenizer.files["chat_template.jinja"].decode("utf-8", "replace")
-    template = None
-    with suppress(ValueError, AttributeError):
-        template = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}")).get(
-            "chat_template")
+    template = settings_of(tokenizer).get("chat_template")
     if isinstance(template, list):          # several, by name
         template = next((entry.get("template") for entry in template if isinstance(entry, dict)
                          and entry.get("name") == "default"), None)
@@ -32,11 +31,8 @@ def template_of(tokenizer):
 
 def special_names(tokenizer):
     """bos_token and the like of tokenizer_config.json, which templates may use."""
-    facts = {}
-    with suppress(ValueError):
-        facts = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}"))
     name = lambda value: value.get("content", "") if isinstance(value, dict) else value
-    return {key: name(value) for key, value in facts.items()
+    return {key: name(value) for key, value in settings_of(tokenizer).items()
             if key.endswith("_token") and isinstance(value, str | dict)}
 
 
@@ -127,19 +123,15 @@ class Chat:
         Nothing is interrupted between layers, so that the cache stays whole.
         """
         ids, given, self.stopped = self.prepare(message), [], False
-        left = self.model.config.max_seq_len - self.cache.seen[0] - len(ids)
-        for _ in range(min(left, self.count or left)):
-            tokens = torch.tensor([ids], device=self.model.lm_head.weight.device)
-            with torch.no_grad():
-                logits = next_logits(self.model, tokens, self.cache, self.gain)
-            token, ids = self.choose(logits[0].cpu(), self.cache.seen[0]), []
-            if token in self.tokenizer.stops:
-                break
-            given, ids = [*given, token], [token]
+        start = self.cache.seen[0] + len(ids)
+        left = self.model.config.max_seq_len - start
+        for token in generate(self.model, self.cache, ids, min(left, self.count or left),
+                              self.choose, self.tokenizer.stops, self.gain):
+            given.append(token)
             yield token
             if self.stopped:
                 break
-        self.pending = ids
+        self.pending = given[self.cache.seen[0] - start:]        # chosen, and not yet read
         said = self.tokenizer.decode(given)
         self.messages.append({"role": "assistant", "content": said})
         self.text += said
@@ -182,12 +174,9 @@ def converse(chat):
             return
         if not message.strip():
             continue
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         try:
             with stoppable(chat):
-                for token in chat.answer(message):
-                    piece = decoder.decode(chat.tokenizer.token_bytes([token]))
-                    print(to_show(piece), end="", flush=True)
-            print(decoder.decode(b"", final=True) + "\n")
+                print_bytes(chat.tokenizer.token_bytes([token]) for token in chat.answer(message))
+            print()
         except TooLong as error:
             print(wrapped(f"({error})"))

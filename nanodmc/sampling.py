@@ -85,14 +85,15 @@ def chooser(**settings):
 def generate(model, cache, prompt, count, choose, stops=(), gain=None):
     """Yield up to `count` tokens that continue `prompt` (ids), each as soon as it is chosen.
 
-    The prompt is taken in at once, then one token a step. choose(logits (vocab,), position of the
-    new token) -> token. The text ends before the first of `stops`.
+    The prompt, which goes on from what the cache has seen, is taken in at once, then one token a
+    step. choose(logits (vocab,), position of the new token) -> token. The text ends before the
+    first of `stops`.
     """
     device = next(model.parameters()).device
     tokens = prompt
-    for position in range(len(prompt), len(prompt) + count):
+    for _ in range(count):
         logits = next_logits(model, torch.tensor([tokens], device=device), cache, gain)
-        token = torch.tensor(choose(logits[0].cpu(), position), device=device)
+        token = torch.tensor(choose(logits[0].cpu(), cache.seen[0]), device=device)
         token = int(over_ranks(token, "MAX"))      # ranks could differ, by the rounding of a sum
         if token in stops:
             return

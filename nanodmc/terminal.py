@@ -1,5 +1,6 @@
 """What reaches a terminal: text that cannot command it, colours where wanted, and lost output."""
 
+import codecs
 import errno
 import io
 import os
@@ -72,6 +73,14 @@ class ProgressLine:
     def _write(self, text):
         end = "\r" if self.terminal else "\n"
         print(f"{text:<79}" if self.terminal else text, end=end, file=self.stream, flush=True)
+
+
+def print_bytes(pieces):
+    """Print a text as it comes, and a line's end. pieces: bytes, which may end in a character."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for piece in pieces:
+        print(to_show(decoder.decode(piece)), end="", flush=True)
+    print(decoder.decode(b"", final=True))
 
 
 class OutputLost(Exception):
