@@ -5,7 +5,6 @@ head merged token t into the slot before it. A piece is a document, or a part of
 model's positions.
 """
 
-
 import numpy as np
 
 from nanodmc.claim import check_folder

@@ -49,6 +49,11 @@ class DMCLlamaConfig(PretrainedConfig):
             dmc=True, window=method["window"], tau=method["tau"], c=method["c"])
 
 
+def alike(padding):
+    """The numbers of the rows with equally much padding on the left: a tensor for each amount."""
+    return [(padding == n).nonzero()[:, 0] for n in padding.unique()]
+
+
 class Memory:
     """The caches of a batch. Sequences with equally much padding on the left share one.
 
@@ -58,7 +63,7 @@ class Memory:
     is_compileable, is_linear = False, (False,)          # what transformers asks of a cache
 
     def __init__(self, config, padding, weight):
-        self.rows = [(padding == n).nonzero()[:, 0] for n in padding.unique()]
+        self.rows = alike(padding)
         self.caches = [Cache(config, len(rows), weight.device, weight.dtype) for rows in self.rows]
         self.seen = 0
 
@@ -130,7 +135,7 @@ class DMCLlamaForCausalLM(PreTrainedModel, GenerationMixin):
             memory = Memory(self.method, padding, self.lm_head.weight)
         hidden = self.lm_head.weight.new_zeros(*input_ids.shape, self.method.dim)
         if memory is None:
-            parts = [((padding == n).nonzero()[:, 0], None) for n in padding.unique()]
+            parts = [(rows, None) for rows in alike(padding)]
         else:
             parts = zip(memory.rows, memory.caches, strict=True)
             memory.seen += input_ids.size(1)
@@ -150,7 +155,7 @@ class DMCLlamaForCausalLM(PreTrainedModel, GenerationMixin):
 
     def padding(self, input_ids, attention_mask, memory):
         """How many of the columns that come now are padding on the left, in each row (B,)."""
-        if attention_mask is None or memory is not None and memory.seen:
+        if attention_mask is None or memory is not None:        # later ones have none
             return input_ids.new_zeros(len(input_ids))
         mask = attention_mask[:, -input_ids.size(1):].long()
         if mask.dim() != 2 or not mask.any(1).all():

@@ -223,14 +223,14 @@ def memory_plan(config, s, ranks=1, recompute=True):
         logits = (5 + taught) * width * min(tokens, 2048) * config.vocab_size + 20 * BLOCK["cuda"]
     logits += config.vocab_size * config.dim * width * summed       # a gradient to be summed
     gathered = 2 * (2 * layer + ends) * width if ranks > 1 else 0
+    inputs = tokens * config.dim * width
+    kept, more = (inputs, within) if recompute else (whole, within - whole)     # of a layer
     return {"weights": n * width // ranks,
             "gradients": n * (4 if summed else width) // ranks,
             "moments": 2 * n * width // ranks,
             "teacher": n * width // ranks * taught,
-            "kept activations": config.n_layer * (
-                tokens * config.dim * width if recompute else whole),
-            "work": max(within - whole * (not recompute) + layer * width * summed, logits)
-            + gathered,
+            "kept activations": config.n_layer * kept,
+            "work": max(more + layer * width * summed, logits) + gathered,
             # CUDA itself, and what falls between the blocks
             "reserve": 2 * 10 ** 9 * torch.cuda.is_available()}
 
