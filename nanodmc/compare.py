@@ -15,7 +15,7 @@ from nanodmc.claim import check_folder
 from nanodmc.cli import OPS, provenance, wrapped
 from nanodmc.comparison import Progress, about, markdown, table
 from nanodmc.contenders import Subject, all_cases, held_out
-from nanodmc.files import InputError, write_atomically, write_json
+from nanodmc.files import InputError, write_json, write_text
 from nanodmc.heldout import chosen, pieces
 from nanodmc.plots import plot_comparison
 from nanodmc.seeds import combine, is_comparison
@@ -147,13 +147,12 @@ def row_of(case, cut, measured, itemsize, plain=None, taught=False):
 # ------------------------------------------------------------------------------------- --compare
 
 def checked_out(out):
-    """--out, where it can take a comparison; else raises InputError. Writes nothing."""
+    """Raise InputError where --out cannot take a comparison. Writes nothing."""
     if out.suffix != ".json":
         raise InputError(f"--out {out} is no name for a comparison; let it end with .json.")
     if taken := [path for path in map(out.with_suffix, (".json", ".md", ".png")) if path.exists()]:
         raise InputError(f"{taken[0]} is there already; choose another --out, or remove it.")
     check_folder(out.parent)
-    return out
 
 
 class Comparison:
@@ -214,9 +213,7 @@ class Comparison:
         if not self.out:
             return
         write_json(self.out, {"rows": self.rows, "text": self.text, **self.facts})
-        page = markdown(self.rows, self.text)
-        write_atomically(self.out.with_suffix(".md"),
-                         lambda f: f.write_text(page, encoding="utf-8"))
+        write_text(self.out.with_suffix(".md"), markdown(self.rows, self.text))
 
     def where(self):
         """Where the rows are, as a sentence."""
@@ -232,7 +229,9 @@ def compare(args, device):
     InputError.
     """
     if any(map(is_comparison, args.compare)):
-        combine(args.compare, args.out and checked_out(args.out))
+        if args.out:
+            checked_out(args.out)
+        combine(args.compare, args.out)
         return
     policies = None if args.policy is None else [p for p in args.policy.split(",") if p]
     ratios = args.cr or [2.0, 4.0, 8.0]

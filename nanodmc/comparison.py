@@ -8,7 +8,7 @@ from nanodmc.policies import POLICIES
 from nanodmc.tables import duration
 from nanodmc.terminal import ProgressLine
 
-NAME = 21            # columns for a row's name
+NAME, WIDTHS = 21, (6, 7, 11, 8, 10, 9, 8)       # columns of the table
 GUESS = 2            # times that a policy takes a plain model's time, until one was timed
 
 
@@ -45,18 +45,23 @@ def notes(text):
                "token.")
 
 
-def table(rows, text):
-    """The rows as lines of at most 80 columns. A long name has a line of its own."""
-    widths = 6, 7, 11, 8, 10, 9, 8
-    line = lambda name, texts: name.ljust(NAME) + "".join(
-        x.rjust(width) for x, width in zip(texts, widths, strict=True))
-    lines = [line("", ("CR", "padded", "nats/token", "+-", "nats/byte", "cache", "tok/s"))]
-    for row in rows:
-        name = row["name"]
-        if len(name) >= NAME:
-            lines.append(name)
+def in_columns(rows, first, widths):
+    """Yield rows of texts as lines: a name of `first` columns, then columns of `widths`.
+
+    A long name has a line of its own.
+    """
+    for name, *texts in rows:
+        if len(name) >= first:
+            yield name
             name = ""
-        lines.append(line(name, cells(row)))
+        yield name.ljust(first) + "".join(
+            x.rjust(width) for x, width in zip(texts, widths, strict=True))
+
+
+def table(rows, text):
+    """The rows as lines of at most 80 columns."""
+    heads = "", "CR", "padded", "nats/token", "+-", "nats/byte", "cache", "tok/s"
+    lines = in_columns([heads, *((row["name"], *cells(row)) for row in rows)], NAME, WIDTHS)
     return "\n".join([*lines, "", *map(wrapped, notes(text))])
 
 

@@ -100,6 +100,11 @@ def write_json(path, value):
     write_atomically(path, lambda f: f.write_text(json.dumps(value, indent=2) + "\n"))
 
 
+def write_text(path, text):
+    """Write a text in UTF-8, whole or not at all. Raises InputError."""
+    write_atomically(path, lambda f: f.write_text(text, encoding="utf-8"))
+
+
 def read_bytes(path, limit=2 ** 28):
     """The content of a file. Raises InputError where there is none, or it is no file of that size.
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from nanodmc.cli import wrapped
 from nanodmc.evaluate import decisions
-from nanodmc.files import InputError, write_atomically
+from nanodmc.files import InputError, write_text
 from nanodmc.terminal import COLOURS, RESET, harmless, has_colours, to_show
 
 TEMPLATE = Path(__file__).with_name("merges.html")
@@ -72,7 +72,7 @@ def show_merges(where, model, tokenizer, prompt, name):
                          "choose a checkpoint such as runs/1/cr4.")
     if where.endswith(".html"):
         page = merges_page(model, prompt, tokenizer, name)
-        write_atomically(where, lambda f: f.write_text(page, encoding="utf-8"))
+        write_text(where, page)
         print(wrapped(f"The segments of {len(prompt)} tokens in every layer and head are in "
                       f"{to_show(where)}; open it in a browser."))
         return

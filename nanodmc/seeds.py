@@ -4,7 +4,8 @@ from pathlib import Path
 from statistics import fmean
 
 from nanodmc.cli import provenance, wrapped
-from nanodmc.files import InputError, is_number, listed, read_json, write_atomically, write_json
+from nanodmc.comparison import in_columns
+from nanodmc.files import InputError, is_number, listed, read_json, write_json, write_text
 
 NAMES = "name", "model", "argument", "method"
 NUMBERS = "cr", "nats_per_byte", "cache_bytes"
@@ -88,12 +89,7 @@ def combine(paths, out):
     """Print the table of comparisons at several seeds; out: write FILE.json and FILE.md too."""
     rows, facts = list(combined(paths)), provenance()
     heads = "", "CR", "nats/byte", "above", "least to most"
-    for name, *texts in [heads, *map(cells, rows)]:
-        if len(name) >= NAME:           # a line of its own
-            print(name)
-            name = ""
-        print(name.ljust(NAME) + "".join(
-            x.rjust(width) for x, width in zip(texts, WIDTHS, strict=True)))
+    print("\n".join(in_columns([heads, *map(cells, rows)], NAME, WIDTHS)))
     note = (f"Means over {len(set(paths))} files. above: {rows[0]['base']}, in nats per byte, the "
             "mean and its range.")
     print("\n" + wrapped(note))
@@ -101,4 +97,4 @@ def combine(paths, out):
         lines = ["| " + " | ".join(texts) + " |" for texts in [heads, *map(cells, rows)]]
         page = "\n".join([lines[0], "|---|" + "--:|" * 4, *lines[1:], "", note, ""])
         write_json(out, {"rows": rows, "files": list(map(str, paths)), **facts})
-        write_atomically(out.with_suffix(".md"), lambda f: f.write_text(page, encoding="utf-8"))
+        write_text(out.with_suffix(".md"), page)
