@@ -74,14 +74,15 @@ def relaxed_decision(logit, config, noise, start=True):
     """Eq. 8: alpha_t = sigmoid((k_t[0] - c + g1 - g2) / tau), with g1, g2 ~ Gumbel(0, 1).
 
     logit (B, G, T): channel 0 of the keys. Returns alpha and keep = log(1 - alpha), (B, G, T).
-    noise True, in training: alpha is in (0, 1), nearly binary because tau is small, and has a
-    gradient. False, in use: alpha is 1 where k_t[0] > c and 0 elsewhere; keep is -inf or 0.
+    noise 1, in training: alpha is in (0, 1), nearly binary because tau is small, and has a
+    gradient. 0, in use: alpha is 1 where k_t[0] > c and 0 elsewhere; keep is -inf or 0. Between
+    them noise and temperature shrink alike, as if the logits had grown, until alpha is the latter.
     start: token 0 opens the sequence, so there is no slot to merge into and alpha[..., 0] = 0.
     """
     x = wide(logit) - config.c
     if noise:
         u = torch.rand_like(x).clamp_(1e-6, 1 - 1e-6)
-        x = (x + torch.logit(u)) / config.tau     # g1 - g2 is one sample of a logistic variable
+        x = (x + noise * torch.logit(u)) / (noise * config.tau)    # g1 - g2 is one logistic sample
     else:
         x = torch.where(x > 0, torch.inf, -torch.inf).to(x.dtype)
     if start:
@@ -416,10 +417,10 @@ class Transformer(nn.Module):
     def hidden(self, tokens, cache=None, noise=False, gain=None):
         """tokens (B, T) -> the last hidden states (B, T, dim), normed, and alpha (L, B, G, T).
 
-        cache: tokens continue the sequences in it. noise: relaxed, noisy decisions (Eq. 8), for
-        training. gain: Eq. 12's factor on the control channels, from 1 (a plain Llama) to 0;
-        nothing is decided then, and alpha is None. None: decide, if config.dmc says so. Raises
-        ValueError where positions run out, or a cache is asked for what only training has.
+        cache: tokens continue the sequences in it. noise: see relaxed_decision; above 0 in training
+        only. gain: Eq. 12's factor on the control channels, from 1 (a plain Llama) to 0; nothing is
+        decided then, and alpha is None. None: decide, if config.dmc says so. Raises ValueError
+        where positions run out, or a cache is asked for what only training has.
         """
         if gain is None and not self.config.dmc:
             gain = 1.0

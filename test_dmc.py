@@ -282,6 +282,23 @@ def test_decision_is_eq8(seed, logit, tau):
     assert (continued == float(logit > 5.0)).all()
 
 
+@given(seeds, st.floats(0.01, 1), st.sampled_from([0.1, 0.5]))
+def test_less_noise_is_eq8_of_larger_logits(seed, noise, tau):
+    config = config_of(tau=tau, c=3.0)
+    logit = torch.randn(2, 3, 50, generator=torch.manual_seed(seed), dtype=torch.float64) + 3
+    torch.manual_seed(seed)
+    alpha = dmc.relaxed_decision(logit, config, noise)[0]
+    torch.manual_seed(seed)
+    assert_close(alpha, dmc.relaxed_decision(3 + (logit - 3) / noise, config, noise=True)[0])
+
+
+def test_decisions_with_hardly_any_noise_are_those_of_use():
+    config, logit = config_of(c=3.0), 3 + torch.tensor([[[1e-2, -1e-2, 1.0, -1.0]]])
+    for ours, hard in zip(dmc.relaxed_decision(logit, config, 1e-5),
+                          dmc.relaxed_decision(logit, config, noise=False), strict=True):
+        assert_close(ours.exp(), hard.exp())
+
+
 def test_first_decision_has_no_gradient_and_the_others_the_analytic_one():
     logit = torch.tensor([[[9.0, 4.8, 5.3]]], requires_grad=True, dtype=torch.float64)
     config = config_of(c=5.0)

@@ -188,7 +188,7 @@ def train_step(model, optimizer, phase, step, passes, s, teacher=None):
     optimizer.zero_grad()
     losses, kls, slots, head_slots = [], [], [], []
     for count, inputs, targets in passes:
-        hidden, alpha = model.hidden(inputs, noise=True, gain=gain)
+        hidden, alpha = model.hidden(inputs, noise=phase.noise(step), gain=gain)
         if teacher is not None:
             with torch.no_grad():
                 expected, _ = teacher.hidden(inputs)

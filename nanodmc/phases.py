@@ -24,6 +24,7 @@ class Phase:
     keep: dict = field(default_factory=dict)    # steps done -> folder of the model kept then
     grouped: int = 1                 # of GQA: how many key-value heads become one at its beginning
     taught: bool = False             # whether the model before the retrofit teaches it
+    final_noise: float = 1.0         # share of Eq. 8's noise and temperature at the last step
 
     @property
     def title(self):
@@ -49,6 +50,10 @@ class Phase:
         left = min(1.0, (self.steps - step) / self.decay) if self.decay else 1.0
         cosine = 0.1 + 0.9 * (1 - math.cos(math.pi * left)) / 2
         return self.lr * min(1.0, (step + 1) / max(1, warmup)) * cosine
+
+    def noise(self, step):
+        """The share of Eq. 8's noise and temperature at a step; it falls geometrically from 1."""
+        return self.final_noise ** ((step + 1) / self.steps)
 
     def target(self, step):
         """The target CR at a step, or None where nothing is decided."""
@@ -95,7 +100,7 @@ def solidified(s, cr, retrofit_at, step, control):
     """
     steps = s.solidify_steps + (s.retrofit_steps - step if control else 0)
     return Phase("solidify", f"retrofit-{cr:g}", f"cr{cr:g}", steps, retrofit_at + step, steps,
-                 s.lr, cr=(cr, cr), taught=s.distill > 0)
+                 s.lr, cr=(cr, cr), taught=s.distill > 0, final_noise=s.final_noise)
 
 
 def starting_config(settings, given):

@@ -133,6 +133,9 @@ class Settings:
                           "segment")
     tau: float = setting("method", 0.2, "temperature of Eq. 8", 0.1)
     c: float = setting("method", 3.0, "offset of Eq. 8", 5.0)
+    final_noise: float = setting(
+        "method", 1.0, "share of Eq. 8's noise and temperature that is left at the end of solidify; "
+        "near 0, decisions are as in use", metavar="X")
     cr_weight: float = setting("method", 2.0, "weight of the compression loss; Eq. 11 has 1", 1.0)
     channel_lr_factor: float = setting(
         "method", 10.0, "how much larger the steps are of the projection rows that feed the "
@@ -177,8 +180,9 @@ class Settings:
                 raise InputError(f"{flag(name)} is 0; give a number above 0.")
         if self.beta2 >= 1:
             raise InputError(f"--beta2 is {self.beta2}; give a number below 1.")
-        if self.distill > 1:
-            raise InputError(f"--distill is {self.distill}; a share is at most 1.")
+        for name in ("distill", "final_noise"):
+            if numbers[name] > 1:
+                raise InputError(f"{flag(name)} is {numbers[name]}; a share is at most 1.")
         self.check_ratios()
         if self.random_weights and not self.init:
             raise InputError("--random-weights needs the name of a shape; add --init llama2-7b.")
@@ -252,8 +256,8 @@ PRESETS = {
     "llama2-70b": {**PAPER, "lr": 1.5e-5},
     "few-tokens": {**PAPER, "context": 512, "batch": 4, "micro_batch": 4, "free_steps": 100,
                    "retrofit_steps": 210, "solidify_steps": 50, "distill": 1.0, "tau": 0.5,
-                   "c": 3.0, "cr_weight": 3.0, "lr": 2e-4, "channel_lr_factor": 25.0,
-                   "eval_sequences": 64}}
+                   "c": 3.0, "final_noise": 0.1, "cr_weight": 3.0, "lr": 2e-4,
+                   "channel_lr_factor": 25.0, "eval_sequences": 64}}
 CHANGEABLE = {"lr", "clip", "save_every", "log_every", "solidify"}      # when a run is resumed
 
 

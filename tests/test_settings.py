@@ -86,6 +86,17 @@ def test_presets_are_the_papers(tmp_path):
         assert [phases[2].target(i) for i in (5999, 11999)] == [2, 3]
 
 
+def test_noise_falls_in_solidify_alone():
+    for phase in plan(Settings(final_noise=0.1)):
+        noise = [phase.noise(step) for step in range(phase.steps)]
+        if phase.name == "solidify":
+            assert noise[-1] == pytest.approx(0.1)
+            ratios = np.divide(noise[1:], noise[:-1])
+            assert noise[0] < 1 and ratios == pytest.approx(ratios[0]) and ratios[0] < 1
+        else:
+            assert set(noise) == {1.0}
+
+
 def test_settings_that_contradict_each_other_are_refused_by_the_flag_to_change():
     for flag, changes in {"--lr": {"lr": math.nan}, "--clip": {"clip": math.inf},
                           "--eps": {"eps": -1.0}, "--heads": {"heads": 0},

@@ -1,6 +1,7 @@
 """Properties of train.py: the command, its steps, and what it makes of a model that is given."""
 
 import contextlib
+import copy
 import gc
 import json
 import math
@@ -75,6 +76,22 @@ def test_every_track_of_a_run_reads_the_same_data(tmp_path, text, monkeypatch):
     assert positions[:14] == list(range(14))                     # pretrain, free, retrofit
     assert positions[14:20] == list(range(11, 17))               # from CR 2, after step 2 of 5
     assert positions[20:23] == [14, 15, 16] and positions[23:] == list(range(6, 17))
+
+
+def test_the_last_step_of_solidify_decides_as_in_use():
+    """With a trace of noise left: on average over all tokens, no decision is in between."""
+    s = Settings(layers=1, heads=4, kv_heads=2, dim=16, ffn_dim=16, context=16, cr=2.0, c=0.0,
+                 final_noise=1e-6)
+    torch.manual_seed(0)
+    model = Transformer(replace(s.small_config(), **s.method(dmc=True)))
+    x = torch.randint(0, 257, (2, 17))
+    with torch.no_grad():
+        in_use = 1 / (1 - model(x[:, :-1])[1]).mean().item()
+    for step, same in ((s.solidify_steps - 1, True), (0, False)):
+        trained = copy.deepcopy(model)
+        figures = train.train_step(trained, optim.new_optimizer(trained, s), plan(s)[3], step,
+                                   [(1, x[:, :-1], x[:, 1:])], s)
+        assert (abs(figures.cr - in_use) < 1e-4) == same
 
 
 def test_control_rows_take_larger_steps_and_nothing_else_does():

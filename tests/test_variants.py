@@ -272,6 +272,7 @@ IMPOSSIBLE = {
     "several at once": (["--variant", "immediate", "--keep", "2,3"], "keeps one model"),
     "no such share of heads": (["--variant", "gqa", "--cr", "3"], "4 key-value heads cannot"),
     "more than all": (["--distill", "1.5"], "a share is at most 1"),
+    "more noise than Eq. 8's": (["--final-noise", "2"], "a share is at most 1"),
 }
 
 
