@@ -200,11 +200,14 @@ def rotary_frequencies(config, device=None):
 
     Models that were stretched to a longer context have slower ones. linear: all are divided by a
     factor. llama3: waves longer than original context / low_freq_factor are, those shorter than
-    original context / high_freq_factor are not, and in between the two are mixed.
+    original context / high_freq_factor are not, and in between the two are mixed. reversed: the
+    last pair of channels is the fastest, for a model whose control channel was its last one.
     """
     channel = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device)
     frequency = config.rope_theta ** (-channel / config.head_dim)
     scaling = config.rope_scaling or {}
+    if scaling.get("rope_type") == "reversed":
+        return frequency.flip(0)
     if scaling.get("rope_type") == "linear":
         return frequency / scaling["factor"]
     if scaling.get("rope_type") == "llama3":

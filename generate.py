@@ -16,6 +16,8 @@
     python generate.py --tasks piqa,boolq
                                         benchmarks by lm_eval
     python generate.py --chat           talk to an instruction-tuned model
+    python generate.py --convert FOLDER turn a model that NVIDIA released into
+                                        one for --ckpt
     python generate.py --bench          what compression does for throughput
                                         (figure 5 of the paper)
     torchrun --nproc_per_node 2 generate.py ...
@@ -34,7 +36,7 @@ from pathlib import Path
 
 import torch
 
-from nanodmc import benchmarks
+from nanodmc import benchmarks, megatron
 from nanodmc.analyses import write_analyses
 from nanodmc.bench import benchmark
 from nanodmc.chat import talk, template_of
@@ -67,12 +69,13 @@ TAKES = {            # what has an effect in each mode, besides ckpt and device
     "--analyse": "analyse verify data tokens ops",
     "--compare": "compare policy cr data tokens out ops",
     "--compare FILE.json": "compare out",
+    "--convert": "convert tokenizer out",
     "--tasks": "tasks include limit random_weights cache ops seed out",
     "--tasks --policy": "tasks include limit policy cr ops seed out",
     "--bench": "bench model cr prompt_tokens tokens batch cache_gb out",
     "--bench --ckpt": "bench prompt_file cr prompt_tokens tokens batch cache_gb out"}
 
-WHOLE = "show_merges", "analyse", "compare", "tasks", "chat"       # modes that need the whole model
+WHOLE = "show_merges", "analyse", "compare", "tasks", "chat", "convert"     # need the whole model
 
 
 # ----------------------------------------------------------------------- what happens, in order
@@ -91,6 +94,9 @@ def run(args):
         check_prompts(args)
     if args.bench or args.compare:
         (benchmark if args.bench else compare)(args, device)
+        return
+    if args.convert:
+        megatron.convert(args.convert, args.out, args.tokenizer)
         return
     if args.tasks is not None:
         benchmarks.measure(args, lambda: model_for_tasks(args, device))
@@ -360,6 +366,7 @@ def flags_of_all_modes():
         "the held-out text of --compare and --analyse [what the run validates on]"))
 
     benchmarks.add_flags(parser)
+    megatron.add_flags(parser)
     return parser
 
 

@@ -4,7 +4,6 @@ import argparse
 import logging
 import math
 import random
-import time
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +16,7 @@ from nanodmc.cli import number, provenance, silence, wrapped
 from nanodmc.files import InputError, one_line, write_json
 from nanodmc.harness import adapter, lm_eval
 from nanodmc.policies import budget, policy_cache, policy_named
-from nanodmc.tables import duration
-from nanodmc.terminal import ProgressLine, to_show
+from nanodmc.terminal import CountLine, to_show
 
 CSQA = {"piqa": "acc_norm", "boolq": "acc", "arc_easy": "acc_norm", "arc_challenge": "acc_norm",
         "hellaswag": "acc_norm", "winogrande": "acc"}         # 0-shot, all of the paper's
@@ -72,7 +70,7 @@ def measure(args, find):
     print(to_show(str(name)))
     if "humaneval" in tasks:
         print(wrapped(humaneval.limits()))
-    line = Line()
+    line = CountLine()
     lm = adapter(model, tokenizer, gain, cache_for, args.seed, line.tell)
     results = evaluate(lm, tasks, args.limit)
     line.clear()
@@ -259,24 +257,3 @@ def table(facts):
 
 def figure(value, scale=1):
     return "-" if value is None else f"{scale * value:.2f}"
-
-
-class Line(ProgressLine):
-    """A line about how many of a task's tokens are done. What is left follows from the rate."""
-
-    def __init__(self, clock=time.perf_counter):
-        super().__init__(clock)
-        self.what = None
-
-    def tell(self, what, done, total):
-        """done of total tokens; what: which."""
-        now = self.clock()
-        if what != self.what:
-            self.what, self.start, self.shown = what, now, now
-        self.done, self.total, self.seconds = done, total, now - self.start
-        self.show(now)
-
-    def __str__(self):
-        rest = self.total - self.done
-        left = duration(self.seconds * rest / self.done) if self.done else "-"
-        return f"{self.done:,}/{self.total:,} {self.what}  {left} left"

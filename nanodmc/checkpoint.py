@@ -23,21 +23,29 @@ from nanodmc.files import (
     write_json,
 )
 from nanodmc.variants import ops_of
-from nanodmc.weights import plainly, read_weights, verify, weight_files, write_safetensors
+from nanodmc.weights import (
+    converting,
+    plainly,
+    read_weights,
+    verify,
+    weight_files,
+    write_safetensors,
+)
 
+RELEASED = re.compile(r"nvidia/Llama-2-(7B|13B)-DMC-[48]x", re.IGNORECASE)
 TRAVELS = Path(dmc.__file__), Path(__file__).with_name("modeling_dmc.py")      # for transformers
 
 # ----------------------------------------------------------------------------------------- files
 
-def save(model, path, tokenizer=None, shard_bytes=5 * 10 ** 9, **facts):
+def save(model, path, tokenizer=None, shard_bytes=5 * 10 ** 9, progress=None, **facts):
     """Write a checkpoint: safetensors, config.json, and the files of the Tokenizer given.
 
     Beside a DMC model go the two files by which Hugging Face's transformers opens it.
     facts: for config.json, such as the CR reached. More than shard_bytes of weights are cut into
-    shards with an index. A kill at any moment leaves the old checkpoint or the new one, since the
-    weights' file repeats config.json and shards get names that are free. Raises InputError where
-    the folder cannot be written; the old checkpoint is untouched then. Call it under a lock: what
-    killed writes left in the folder goes.
+    shards with an index; progress(bytes written, bytes in all) is called after each. A kill at any
+    moment leaves the old checkpoint or the new one, since the weights' file repeats config.json and
+    shards get names that are free. Raises InputError where the folder cannot be written; the old
+    checkpoint is untouched then. Call it under a lock: what killed writes left in the folder goes.
     """
     path, config = Path(path), config_to_json(model.config, **facts)
     if tokenizer is not None:
@@ -54,17 +62,20 @@ def save(model, path, tokenizer=None, shard_bytes=5 * 10 ** 9, **facts):
     for source in TRAVELS if model.config.dmc else ():
         content = source.read_bytes()
         write_atomically(path / source.name, lambda f, content=content: f.write_bytes(content))
-    own, names = json.dumps(config), free_names(path, len(shards))
+    own, names, written = json.dumps(config), free_names(path, len(shards)), 0
+    total = sum(p.nbytes for p in model.parameters())
     for name, weights in zip(names, shards, strict=True):
         write_atomically(
             path / name, lambda f, weights=weights: write_safetensors(weights, f, own))
+        written += sum(w.nbytes for w in weights.values())
+        if progress is not None:
+            progress(written, total)
 
     # From here on the new weights count; beside an old single file, from when it is gone.
     # Each write is on the disk before the next line, so nothing goes before what replaces it.
     index = path / "model.safetensors.index.json"
     if len(shards) > 1:
         places = {key: name for name, weights in zip(names, shards, strict=True) for key in weights}
-        total = sum(p.nbytes for p in model.parameters())
         write_json(index, {"metadata": {"total_size": total}, "weight_map": places})
     else:
         index.unlink(missing_ok=True)
@@ -202,6 +213,12 @@ def locate(name):
     if Path(name).is_file():
         return folder_of(Path(name))
     repo = f"meta-llama/{name.replace('llama2', 'Llama-2')}-hf" if name in SHAPES else name
+    if size := RELEASED.fullmatch(repo):
+        folder, llama = repo.split("/")[1], f"Llama-2-{size[1].lower()}-hf"
+        raise InputError(
+            f"{repo} is in Megatron's layout; fetch it and its tokenizer with: hf download {repo} "
+            f"--local-dir {folder} && hf download meta-llama/{llama} --include 'tokenizer*' "
+            f"--local-dir {llama}, then convert it with: {converting(folder, llama)}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or Path(name).exists():
         raise InputError(f"{name} is no folder, and no model's name; give the folder of a "
                          f"checkpoint, {', '.join(SHAPES)}, or org/name.")

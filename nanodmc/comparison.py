@@ -5,8 +5,7 @@ from collections import defaultdict
 
 from nanodmc.cli import wrapped
 from nanodmc.policies import POLICIES
-from nanodmc.tables import duration
-from nanodmc.terminal import ProgressLine
+from nanodmc.terminal import ProgressLine, duration
 
 NAME, WIDTHS = 21, (6, 7, 11, 8, 10, 9, 8)       # columns of the table
 GUESS = 2            # times that a policy takes a plain model's time, until one was timed

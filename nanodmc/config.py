@@ -32,7 +32,7 @@ UNSUPPORTED = {
     "attention_bias": "attention bias", "mlp_bias": "bias in its MLP",
     "quantization_config": "quantized weights", "num_local_experts": "a mixture of experts"}
 ROPE_NUMBERS = {                # what each type of rotary embedding needs
-    "default": (), "linear": ("factor",),
+    "default": (), "reversed": (), "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
 
 LLAMA2 = dict(vocab_size=32000, max_seq_len=4096, norm_eps=1e-5)

@@ -18,7 +18,7 @@ from .dmc import Cache, Config, Transformer
 
 # what transformers calls the cache: past_key_values, and from 5.2x on cache
 CACHE = ({"cache", "past_key_values"} & {f.name for f in fields(CausalLMOutputWithPast)}).pop()
-OWN_DECISIONS = "dmc-hardc", "uniform", "fmp"       # variants that dmc.py does not know
+OWN_DECISIONS = "dmc-hardc", "uniform", "nvidia", "fmp"       # variants that dmc.py does not know
 
 
 class DMCLlamaConfig(PretrainedConfig):

@@ -22,8 +22,7 @@ from nanodmc.parallel import rank_count, this_rank
 from nanodmc.pool import pages_that_fit
 from nanodmc.results import as_line, check_results, drop_errors, model_mark
 from nanodmc.sampling import derived_seed
-from nanodmc.tables import duration
-from nanodmc.terminal import ProgressLine, to_show
+from nanodmc.terminal import ProgressLine, duration, to_show
 
 LIMITS = {"tokens": number(1, 2 ** 31 - 1, int), "temperature": number(0, 1e6),
           "top_k": number(0, 2 ** 31 - 1, int), "top_p": number(0, 1),

@@ -134,8 +134,8 @@ class Settings:
     tau: float = setting("method", 0.2, "temperature of Eq. 8", 0.1)
     c: float = setting("method", 3.0, "offset of Eq. 8", 5.0)
     final_noise: float = setting(
-        "method", 1.0, "share of Eq. 8's noise and temperature that is left at the end of solidify; "
-        "near 0, decisions are as in use", metavar="X")
+        "method", 1.0, "share of Eq. 8's noise and temperature left at the end of solidify; near "
+        "0, decisions are as in use", metavar="X")
     cr_weight: float = setting("method", 2.0, "weight of the compression loss; Eq. 11 has 1", 1.0)
     channel_lr_factor: float = setting(
         "method", 10.0, "how much larger the steps are of the projection rows that feed the "

@@ -8,6 +8,8 @@ import textwrap
 from collections import deque
 from statistics import fmean
 
+from nanodmc.terminal import duration
+
 WIDTH = 79
 LOG_HEAD = (f"{'phase':<12}{'step':>8}{'loss':>11}{'target':>7}{'CR':>7}{'lr':>8}{'tok/s':>8}"
             f"{'MFU':>5}{'GB':>6}{'left':>7}")
@@ -61,19 +63,6 @@ class Pace:
         if sum(map(len, self.seconds.values())) < 2:
             return None
         return sum(n * self.per_step(decided) for decided, n in steps.items())
-
-
-def duration(seconds):
-    """Seconds as 4:05 (minutes), 4h05m, 4d05h or 104d; None as -."""
-    if seconds is None:
-        return "-"
-    minutes = int(seconds) // 60
-    if minutes < 60:
-        return f"{minutes}:{int(seconds) % 60:02}"
-    if minutes < 48 * 60:
-        return f"{minutes // 60}h{minutes % 60:02}m"
-    days, hours = minutes // 1440, minutes // 60 % 24
-    return f"{days}d{hours:02}h" if days < 100 else f"{days}d"
 
 
 def averaged(target):

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+import time
 from contextlib import contextmanager, suppress
 
 COLOURS = ("\033[48;5;24m\033[97m", "\033[48;5;94m\033[97m", "\033[48;5;29m\033[97m")
@@ -73,6 +74,40 @@ class ProgressLine:
     def _write(self, text):
         end = "\r" if self.terminal else "\n"
         print(f"{text:<79}" if self.terminal else text, end=end, file=self.stream, flush=True)
+
+
+class CountLine(ProgressLine):
+    """A line about how much is done. What is left follows from the rate."""
+
+    def __init__(self, clock=time.perf_counter):
+        super().__init__(clock)
+        self.what = None
+
+    def tell(self, what, done, total):
+        """done of total; what: of what, as in "tokens scored"."""
+        now = self.clock()
+        if what != self.what:
+            self.what, self.start, self.shown = what, now, now
+        self.done, self.total, self.seconds = done, total, now - self.start
+        self.show(now)
+
+    def __str__(self):
+        rest = self.total - self.done
+        left = duration(self.seconds * rest / self.done) if self.done else "-"
+        return f"{self.done:,}/{self.total:,} {self.what}  {left} left"
+
+
+def duration(seconds):
+    """Seconds as 4:05 (minutes), 4h05m, 4d05h or 104d; None as -."""
+    if seconds is None:
+        return "-"
+    minutes = int(seconds) // 60
+    if minutes < 60:
+        return f"{minutes}:{int(seconds) % 60:02}"
+    if minutes < 48 * 60:
+        return f"{minutes // 60}h{minutes % 60:02}m"
+    days, hours = minutes // 1440, minutes // 60 % 24
+    return f"{days}d{hours:02}h" if days < 100 else f"{days}d"
 
 
 def print_bytes(pieces):

@@ -6,6 +6,7 @@
     local-prior   every layer is held to the target CR by itself
     immediate     the target CR holds from the first step on
     uniform       every token has the weight 1
+    nvidia        weights as in the models that the authors released
     fmp           Fixed Memory Pooling: n tokens become a slot, and nothing is decided
     gqa           no DMC: key-value heads are averaged, so that fewer are left
 
@@ -46,6 +47,13 @@ def weigh_equally(q, k, config, noise=False, position=0):
     """As dmc.decide, with the weight 1 for every token."""
     alpha, keep, omega = dmc.decide(q, k, config, noise, position)
     return alpha, keep, torch.ones_like(omega)
+
+
+def weigh_with_offset(q, k, config, noise=False, position=0):
+    """As dmc.decide, with weights sigmoid(q[0] + c) + 2^-7, as in the authors' code."""
+    alpha, keep = dmc.relaxed_decision(k[..., 0], config, noise, start=position == 0)
+    omega = dmc.importance(dmc.wide(q[..., 0]) + config.c, config.n_kv_head)
+    return alpha, keep, omega + 2 ** -7
 
 
 def blocks(k, every, position):
@@ -112,6 +120,7 @@ VARIANTS = {
     "local-prior": Variant("local prior", prior=local_prior),
     "immediate": Variant("immediate", annealed=False),
     "uniform": Variant("uniform weights", decide=weigh_equally),
+    "nvidia": Variant("DMC as released", decide=weigh_with_offset),
     "fmp": Variant("fixed pooling", decide=pool_blocks, prior=no_prior, annealed=False),
     "gqa": Variant("GQA", annealed=False)}
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from nanodmc.cli import typed
 from nanodmc.files import LFS_POINTER, InputError, listed, one_line, read_json, reason
 
 
@@ -34,8 +35,16 @@ def weight_files(path):
                 raise InputError(f"{path} lacks {plainly(missing)}, which {index.name} names; "
                                  "fetch the rest of the checkpoint.")
             return files
+    if any(path.glob("mp_rank_*")) or any(path.glob("iter_*")):
+        raise InputError(f"{path} is in Megatron's layout; convert it with: {converting(path)}")
     raise InputError(f"{path} holds no model.safetensors and no pytorch_model.bin; "
                      "give the folder of a checkpoint.")
+
+
+def converting(folder, tokenizer="FOLDER"):
+    """The command line that makes a checkpoint of a folder in Megatron's layout."""
+    return typed("generate.py", "--convert", folder, "--tokenizer", tokenizer, "--out",
+                 f"{folder}-converted")
 
 
 def is_special(path):

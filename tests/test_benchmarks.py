@@ -13,6 +13,7 @@ from conftest import oracle, refusal
 from dmc import Cache, Transformer
 from nanodmc import benchmarks, harness
 from nanodmc.files import InputError
+from nanodmc.terminal import CountLine
 from nanodmc.tokenizer import Tokenizer
 from test_dmc import config_of
 
@@ -160,7 +161,7 @@ def test_a_missing_folder_and_a_missing_package_are_refused(tmp_path, monkeypatc
 
 def test_a_line_says_how_far_it_is_and_how_long_it_takes(monkeypatch, capsys):
     times = iter([0, 5, 20, 25, 40])
-    line = benchmarks.Line(lambda: next(times))
+    line = CountLine(lambda: next(times))
     for done in (0, 25, 50, 60, 80):
         line.tell("tokens scored", done, 100)
     said = capsys.readouterr().err.splitlines()

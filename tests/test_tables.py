@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from nanodmc.phases import plan
 from nanodmc.settings import PRESETS, Settings
-from nanodmc.tables import LOG_HEAD, Pace, duration, heat_map, log_line, table
+from nanodmc.tables import LOG_HEAD, Pace, heat_map, log_line, table
+from nanodmc.terminal import duration
 
 # without subnormal numbers, which train.main switches off for the whole process
 floats = partial(st.floats, allow_subnormal=False)
