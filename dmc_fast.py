@@ -26,101 +26,126 @@ from nanodmc.padded_cache import CacheBytes, FastCache, PaddedCache, attend_used
 # ---------------------------------------------------------------------------------- accumulate
 
 @jit
+def both_products(a, b, c, d):
+    """a @ b + c @ d on tensor cores: a and c in fp32, each as two terms of half precision."""
+    if b.dtype == tl.float32:
+        return tl.dot(c, d, tl.dot(a, b, input_precision="ieee"), input_precision="ieee")
+    high_a, high_c = a.to(b.dtype), c.to(b.dtype)
+    low_a, low_c = (a - high_a.to(tl.float32)).to(b.dtype), (c - high_c.to(tl.float32)).to(b.dtype)
+    return tl.dot(low_c, d, tl.dot(high_c, d, tl.dot(low_a, b, tl.dot(high_a, b))))
+
+
+@jit
+def tile_of(x, at, t, T, D: tl.constexpr, D_PAD: tl.constexpr, stride):
+    """The tokens t of a head that begins at `at`, all channels; 0 outside of the sequence."""
+    d = tl.arange(0, D_PAD)
+    inside = ((t >= 0) & (t < T))[:, None] & (d < D)[None, :]
+    return tl.load(x + at + t[:, None] * stride + d[None, :], mask=inside, other=0)
+
+
+@jit
+def numbers_of(x, row, t, T):
+    """The numbers of tokens t in a row of T; 0 outside of it."""
+    return tl.load(x + row * T + t, mask=(t >= 0) & (t < T), other=0)
+
+
+@jit
 def average_kernel(k, v, alpha, omega, k_mean, v_mean, inverse_z, T, G,
-                   stride_b, stride_g, stride_t,
-                   D: tl.constexpr, D_PAD: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr):
+                   stride_b, stride_g, stride_t, D: tl.constexpr, D_PAD: tl.constexpr,
+                   W: tl.constexpr, TILE: tl.constexpr, HALO: tl.constexpr):
     """The windowed average of Eq. 9 for TILE tokens of one head, all channels.
 
-    Floor: k and v read once, both averages written once, 8 D bytes per token and head in bf16. A
-    tile reads its tokens W times, but from HBM only once: the shifted copies, and the W - 1 tokens
-    before the tile, come from the caches. The coefficient is a running product of alphas in a
-    register, so nothing is divided by alpha. Tokens that an append has cut off (coefficient 0) are
-    not read at all.
+    It is a product with a band of coefficients, share[t, i] = omega_i alpha_{i+1} ... alpha_t / z_t
+    for t - W < i <= t, on tensor cores: of the tile's own tokens, and of the HALO >= W before it.
+    The products of alphas are scans, so nothing is divided by alpha. Floor: k and v read once, both
+    averages written once, 8 D bytes per token and head in bf16; the halo is read twice, once from a
+    cache. All loads come first, so that they are in flight together.
     """
     row = tl.program_id(0).to(tl.int64)
-    t = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    d = tl.arange(0, D_PAD)
-    start = (row // G) * stride_b + (row % G) * stride_g
-    fade, z = tl.full((TILE,), 1.0, tl.float32), tl.zeros((TILE,), tl.float32)
-    k_sum, v_sum = tl.zeros((TILE, D_PAD), tl.float32), tl.zeros((TILE, D_PAD), tl.float32)
-    for n in range(W):
-        i = t - n                                                # never before the sequence's start
-        inside = (i >= 0) & (i < T)
-        weight = fade * tl.load(omega + row * T + i, mask=inside, other=0)
-        fade *= tl.load(alpha + row * T + i, mask=inside, other=0)
-        z += weight
-        live = (weight != 0)[:, None] & (d < D)[None, :]
-        at = start + i[:, None] * stride_t + d[None, :]
-        k_sum += weight[:, None] * tl.load(k + at, mask=live, other=0).to(tl.float32)
-        v_sum += weight[:, None] * tl.load(v + at, mask=live, other=0).to(tl.float32)
-    z = 1 / tl.where(t < T, z, 1.0)
-    out = (row * T + t)[:, None] * D + d[None, :]
+    first = tl.program_id(1) * TILE
+    t, h, d = first + tl.arange(0, TILE), first - HALO + tl.arange(0, HALO), tl.arange(0, D_PAD)
+    at = (row // G) * stride_b + (row % G) * stride_g
+    k_halo = tile_of(k, at, h, T, D, D_PAD, stride_t)
+    v_halo = tile_of(v, at, h, T, D, D_PAD, stride_t)
+    k_tile = tile_of(k, at, t, T, D, D_PAD, stride_t)
+    v_tile = tile_of(v, at, t, T, D, D_PAD, stride_t)
+    fade, fade_after = numbers_of(alpha, row, t, T), numbers_of(alpha, row, t + 1, T)
+    halo_after = tl.where(h + 1 < first, numbers_of(alpha, row, h + 1, T), 1.0)
+    weight, halo_weight = numbers_of(omega, row, t, T), numbers_of(omega, row, h, T)
+
+    later = t[:, None] > t[None, :]                     # token i of column before t of the row
+    fades = tl.cumprod(tl.where(later, fade_after[None, :], 1.0), 1, reverse=True)
+    near = (t[:, None] >= t[None, :]) & (t[:, None] - t[None, :] < W)
+    share = tl.where(near, fades * weight[None, :], 0.0)
+    halo_weight *= tl.cumprod(halo_after, 0, reverse=True)
+    halo_share = tl.where(t[:, None] - h[None, :] < W,
+                          tl.cumprod(fade, 0)[:, None] * halo_weight[None, :], 0.0)
+    z = 1 / tl.where(t < T, tl.sum(share, 1) + tl.sum(halo_share, 1), 1.0)
+    share, halo_share = share * z[:, None], halo_share * z[:, None]
+
+    out = t[:, None] * D + d[None, :]
     written = (t < T)[:, None] & (d < D)[None, :]
-    tl.store(k_mean + out, k_sum * z[:, None], mask=written)
-    tl.store(v_mean + out, v_sum * z[:, None], mask=written)
+    k_sum = both_products(share, k_tile, halo_share, k_halo)
+    v_sum = both_products(share, v_tile, halo_share, v_halo)
+    tl.store(k_mean + row * T * D + out, k_sum, mask=written)
+    tl.store(v_mean + row * T * D + out, v_sum, mask=written)
     tl.store(inverse_z + row * T + t, z, mask=t < T)
 
 
 @jit
-def share_gradient_kernel(k, v, alpha, omega, inverse_z, dk_mean, dv_mean, dshare, mean_dshare,
-                          T, G, stride_b, stride_g, stride_t,
-                          D: tl.constexpr, D_PAD: tl.constexpr, W: tl.constexpr,
-                          TILE: tl.constexpr):
-    """The gradient of each coefficient, dshare[n, t] = dk~_t . k_{t-n} + dv~_t . v_{t-n}.
+def average_gradient_kernel(k, v, alpha, omega, inverse_z, dk_mean, dv_mean, dk, dv, dshare,
+                            mean_dshare, T, G, stride_b, stride_g, stride_t,
+                            D: tl.constexpr, D_PAD: tl.constexpr, W: tl.constexpr,
+                            TILE: tl.constexpr, HALO: tl.constexpr):
+    """Gradients of TILE tokens i of one head, from the averages they are in: those at t >= i.
 
-    And its mean at t, weighted by the shares. Floor: dk~, dv~, k, v read once, 8 D bytes per token
-    and head in bf16, and 4 W written. Laid out as the forward kernel; dshare is (rows, W, T), so
-    that neighbouring tokens are neighbours in memory.
+    dk_i = sum_t share[t, i] dk~_t, likewise dv: the band of the forward kernel, transposed, so the
+    halo lies behind the tile. And the gradient of each coefficient, dk~_t . k_i + dv~_t . v_i, as
+    dshare (rows, W, T), at [t - i, t]; mean_dshare (rows, T) is their mean at t, weighted by the
+    shares. It begins with 0, and at most two programs add to it, in whatever order. Floor: dk~,
+    dv~, k, v read once and dk, dv written once, 12 D bytes per token and head in bf16, and 4 W.
     """
     row = tl.program_id(0).to(tl.int64)
-    t = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    d = tl.arange(0, D_PAD)
-    start = (row // G) * stride_b + (row % G) * stride_g
-    mine = (row * T + t)[:, None] * D + d[None, :]
+    first = tl.program_id(1) * TILE
+    t, h, d = first + tl.arange(0, TILE), first + TILE + tl.arange(0, HALO), tl.arange(0, D_PAD)
+    at, means_at = (row // G) * stride_b + (row % G) * stride_g, row * T * D
+    dk_tile = tile_of(dk_mean, means_at, t, T, D, D_PAD, D)
+    dv_tile = tile_of(dv_mean, means_at, t, T, D, D_PAD, D)
+    dk_halo = tile_of(dk_mean, means_at, h, T, D, D_PAD, D)
+    dv_halo = tile_of(dv_mean, means_at, h, T, D, D_PAD, D)
+    k_tile = tile_of(k, at, t, T, D, D_PAD, stride_t)
+    v_tile = tile_of(v, at, t, T, D, D_PAD, stride_t)
+    fade, fade_after = numbers_of(alpha, row, t, T), numbers_of(alpha, row, t + 1, T)
+    weight, halo_fade = numbers_of(omega, row, t, T), numbers_of(alpha, row, h, T)
+    z, halo_z = numbers_of(inverse_z, row, t, T), numbers_of(inverse_z, row, h, T)
+
+    slope = tl.dot(k_tile, tl.trans(dk_tile), input_precision="ieee")
+    slope = tl.dot(v_tile, tl.trans(dv_tile), slope, input_precision="ieee")
+    halo_slope = tl.dot(k_tile, tl.trans(dk_halo), input_precision="ieee")
+    halo_slope = tl.dot(v_tile, tl.trans(dv_halo), halo_slope, input_precision="ieee")
+
+    later = t[None, :] > t[:, None]                     # token t of the column after i of the row
+    fades = tl.cumprod(tl.where(later, fade[None, :], 1.0), 1)
+    n, halo_n = t[None, :] - t[:, None], h[None, :] - t[:, None]
+    near, halo_near = (n >= 0) & (n < W), halo_n < W
+    share = tl.where(near, fades * weight[:, None] * z[None, :], 0.0)
+    fade_after = tl.where(t + 1 < first + TILE, fade_after, 1.0)
+    to_end = weight * tl.cumprod(fade_after, 0, reverse=True)
+    halo_z *= tl.cumprod(halo_fade, 0)
+    halo_share = tl.where(halo_near, to_end[:, None] * halo_z[None, :], 0.0)
+
+    out = t[:, None] * D + d[None, :]
     written = (t < T)[:, None] & (d < D)[None, :]
-    dk = tl.load(dk_mean + mine, mask=written, other=0).to(tl.float32)
-    dv = tl.load(dv_mean + mine, mask=written, other=0).to(tl.float32)
-    fade = tl.load(inverse_z + row * T + t, mask=t < T, other=0)
-    mean = tl.zeros((TILE,), tl.float32)
-    for n in range(W):
-        i = t - n
-        inside = (i >= 0) & (i < T)
-        at = start + i[:, None] * stride_t + d[None, :]
-        read = inside[:, None] & (d < D)[None, :]
-        product = tl.sum(dk * tl.load(k + at, mask=read, other=0).to(tl.float32)
-                         + dv * tl.load(v + at, mask=read, other=0).to(tl.float32), 1)
-        tl.store(dshare + (row * W + n) * T + t, product, mask=t < T)
-        mean += fade * tl.load(omega + row * T + i, mask=inside, other=0) * product
-        fade *= tl.load(alpha + row * T + i, mask=inside, other=0)
-    tl.store(mean_dshare + row * T + t, mean, mask=t < T)
-
-
-@jit
-def spread_kernel(alpha, omega, inverse_z, dk_mean, dv_mean, dk, dv, T,
-                  D: tl.constexpr, D_PAD: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr):
-    """The transposed band: dk_i = omega_i sum_n alpha_{i+1} ... alpha_{i+n} dk~_{i+n} / z_{i+n}.
-
-    Likewise dv. Floor: dk~, dv~ read once, dk, dv written once, 8 D bytes per token and head in
-    bf16. The forward kernel mirrored: the halo lies behind the tile, and the sum ends with the
-    sequence.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    d = tl.arange(0, D_PAD)
-    fade = tl.load(omega + row * T + i, mask=i < T, other=0)
-    k_sum, v_sum = tl.zeros((TILE, D_PAD), tl.float32), tl.zeros((TILE, D_PAD), tl.float32)
-    for n in range(W):
-        t = i + n
-        weight = fade * tl.load(inverse_z + row * T + t, mask=t < T, other=0)
-        fade *= tl.load(alpha + row * T + t + 1, mask=t + 1 < T, other=0)
-        live = (weight != 0)[:, None] & (d < D)[None, :]
-        at = (row * T + t)[:, None] * D + d[None, :]
-        k_sum += weight[:, None] * tl.load(dk_mean + at, mask=live, other=0).to(tl.float32)
-        v_sum += weight[:, None] * tl.load(dv_mean + at, mask=live, other=0).to(tl.float32)
-    out = (row * T + i)[:, None] * D + d[None, :]
-    written = (i < T)[:, None] & (d < D)[None, :]
-    tl.store(dk + out, k_sum, mask=written)
-    tl.store(dv + out, v_sum, mask=written)
+    dk_sum = both_products(share, dk_tile, halo_share, dk_halo)
+    dv_sum = both_products(share, dv_tile, halo_share, dv_halo)
+    tl.store(dk + means_at + out, dk_sum, mask=written)
+    tl.store(dv + means_at + out, dv_sum, mask=written)
+    there = near & (t < T)[None, :]
+    tl.store(dshare + row * W * T + n * T + t[None, :], slope, mask=there)
+    there = halo_near & (h < T)[None, :]
+    tl.store(dshare + row * W * T + halo_n * T + h[None, :], halo_slope, mask=there)
+    tl.atomic_add(mean_dshare + row * T + t, tl.sum(share * slope, 0), mask=t < T)
+    tl.atomic_add(mean_dshare + row * T + h, tl.sum(halo_share * halo_slope, 0), mask=h < T)
 
 
 @jit
@@ -131,29 +156,25 @@ def decision_gradient_kernel(alpha, omega, inverse_z, dshare, mean_dshare, dalph
     alpha_j stands in the coefficients of all pairs i < j <= t within the window. The inner loop
     sums over i with the product of the alphas between i and j, the outer one over t with those
     between j and t, so alpha_j itself is never divided out. Floor: 4 W + 16 bytes read, 8 written
-    per token and head. W^2 / 2 steps, but on single numbers where the other kernels have D
-    channels; whatever is read twice comes from the caches.
+    per token and head. W^2 / 2 steps, unrolled, but on single numbers where the other kernels have
+    D channels; whatever is read twice comes from the caches.
     """
     row = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * TILE + tl.arange(0, TILE)
     to_alpha, to_omega = tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32)
     late = tl.full((TILE,), 1.0, tl.float32)                     # alpha_{j+1} ... alpha_t
-    for n in range(W):
+    for n in tl.static_range(W):
         t = j + n
-        inside = t < T
-        mean = tl.load(mean_dshare + row * T + t, mask=inside, other=0)
-        outer = late * tl.load(inverse_z + row * T + t, mask=inside, other=0)
-        slope = tl.load(dshare + (row * W + n) * T + t, mask=inside, other=0) - mean
-        to_omega += outer * slope
-        early = tl.full((TILE,), 1.0, tl.float32)                # alpha_{i+1} ... alpha_{j-1}
-        for m in range(n + 1, W):
-            i = t - m
-            pair = inside & (i >= 0)
-            slope = tl.load(dshare + (row * W + m) * T + t, mask=pair, other=0) - mean
-            weight = tl.load(omega + row * T + i, mask=pair, other=0)
-            to_alpha += outer * early * weight * slope
-            early *= tl.load(alpha + row * T + i, mask=pair, other=0)
-        late *= tl.load(alpha + row * T + t + 1, mask=t + 1 < T, other=0)
+        mean = numbers_of(mean_dshare, row, t, T)
+        outer = late * numbers_of(inverse_z, row, t, T)
+        to_omega += outer * (numbers_of(dshare, row * W + n, t, T) - mean)
+        early, inner = tl.full((TILE,), 1.0, tl.float32), tl.zeros((TILE,), tl.float32)
+        for m in tl.static_range(1, W - n):                      # i = j - m, its product from i on
+            slope = tl.load(dshare + (row * W + n + m) * T + t, mask=(j >= m) & (t < T), other=0)
+            inner += early * numbers_of(omega, row, j - m, T) * (slope - mean)
+            early *= numbers_of(alpha, row, j - m, T)
+        to_alpha += outer * inner
+        late *= numbers_of(alpha, row, t + 1, T)
     tl.store(dalpha + row * T + j, to_alpha, mask=j < T)
     tl.store(domega + row * T + j, to_omega, mask=j < T)
 
@@ -201,7 +222,8 @@ class WindowedAverage(torch.autograd.Function):
     @staticmethod
     def layout(k, W):
         (B, G, T, D), TILE = k.shape, 32
-        return (B * G, triton.cdiv(T, TILE)), dict(D=D, D_PAD=power_of_2(D), W=W, TILE=TILE)
+        return (B * G, triton.cdiv(T, TILE)), dict(
+            D=D, D_PAD=max(16, power_of_2(D)), W=W, TILE=TILE, HALO=WIDEST_WINDOW)
 
     @staticmethod
     def forward(ctx, k, v, alpha, omega, W):
@@ -225,13 +247,12 @@ class WindowedAverage(torch.autograd.Function):
         (B, G, T, _), W = k.shape, ctx.W
         grid, sizes = WindowedAverage.layout(k, W)
         dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-        dshare = alpha.new_empty(B * G, W, T)
-        dalpha, domega, mean_dshare = (torch.empty_like(alpha) for _ in range(3))
-        share_gradient_kernel[grid](k, v, alpha, omega, inverse_z, *grads, dshare, mean_dshare,
-                                    T, G, *k.stride()[:3], **sizes)
-        spread_kernel[grid](alpha, omega, inverse_z, *grads, dk, dv, T, **sizes)
-        decision_gradient_kernel[(B * G, triton.cdiv(T, 256))](
-            alpha, omega, inverse_z, dshare, mean_dshare, dalpha, domega, T, W=W, TILE=256)
+        dshare, mean_dshare = alpha.new_empty(B * G, W, T), torch.zeros_like(alpha)
+        dalpha, domega = (torch.empty_like(alpha) for _ in range(2))
+        average_gradient_kernel[grid](k, v, alpha, omega, inverse_z, *grads, dk, dv, dshare,
+                                      mean_dshare, T, G, *k.stride()[:3], **sizes)
+        decision_gradient_kernel[(B * G, triton.cdiv(T, 128))](
+            alpha, omega, inverse_z, dshare, mean_dshare, dalpha, domega, T, W=W, TILE=128)
         return dk, dv, dalpha.to(ctx.dtypes[0]), domega.to(ctx.dtypes[1]), None
 
 
@@ -245,6 +266,7 @@ def segment_average(x, alpha, omega):
     return mean
 
 
+WIDEST_WINDOW = 16  # of the kernels, whose loops over it are unrolled
 WIDEST_BAND = 32    # on a CPU; for wider windows doubling spans are faster
 
 
@@ -253,7 +275,7 @@ def accumulate(k, v, alpha, omega, window=None):
     inputs, W = (k, v, alpha, omega), k.size(2) if window is None else min(window, k.size(2))
     kernels = uses_kernels(k.device) and k.dtype == v.dtype != torch.float64
     kernels = kernels and k.shape == v.shape and W > 0
-    if kernels and window is not None:
+    if kernels and window is not None and W <= WIDEST_WINDOW:
         return WindowedAverage.apply(*inputs, W)
     if kernels and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
         alpha, omega = (x.to(torch.float32).contiguous() for x in (alpha, omega))

@@ -101,9 +101,10 @@ def test_doubling_spans_are_as_precise_as_the_plain_computation(dtype, window):
     (torch.float32, 1, 12, False, 8), (torch.float32, 2, 3, True, 8),
     (torch.float32, 13, 12, False, 8), (torch.float32, 33, 1, False, 8),
     (torch.float32, 35, 2, True, 20), (torch.float32, 33, 5, False, 64),
-    (torch.float32, 9, 100, False, 8), (torch.bfloat16, 33, 4, True, 8),
-    (torch.bfloat16, 40, 3, False, 8)])
+    (torch.float32, 9, 100, False, 8), (torch.float32, 40, 16, False, 8),
+    (torch.float16, 33, 4, True, 8), (torch.float16, 70, 12, False, 24)])
 def test_accumulate_kernels(dtype, T, window, hard, D):
+    """In half precision with fp16, since Triton's interpreter gets bf16's dot products wrong."""
     check_accumulate(T, window, hard, dtype, D)
 
 

@@ -12,7 +12,7 @@ from nanodmc import flash_attention
 from nanodmc.launch import power_of_2
 from test_dmc import HERE, needs_triton, on_cpu
 
-MODEL = dict(D=128, D_PAD=128, W=12, TILE=32)        # Llama 2 7B
+MODEL = dict(D=128, D_PAD=128, W=12, TILE=32, HALO=16)        # Llama 2 7B
 GROUPED = dict(R=1, D=128, D_PAD=128, TILE=16)       # R 8: Llama 2 70B
 STEP = dict(R=1, HALF=64, W=12, W_PAD=16, PAGE=16, WINDOWED=True, DECIDES=True, CONTROL_GAIN=0.0)
 KERNELS = {                                          # name: (constants, options of the launch)
@@ -20,9 +20,8 @@ KERNELS = {                                          # name: (constants, options
     "restore_kernel": (GROUPED, {}),
     "mask_gradient_kernel": (GROUPED, {}),
     "average_kernel": (MODEL, {}),
-    "share_gradient_kernel": (MODEL, {}),
-    "spread_kernel": (MODEL, {}),
-    "decision_gradient_kernel": (dict(W=12, TILE=256), {}),
+    "average_gradient_kernel": (MODEL, {}),
+    "decision_gradient_kernel": (dict(W=12, TILE=128), {}),
     "segment_average_kernel": (dict(D=128, SLICE=32, TILE=64), {}),
     "step_kernel": (STEP, dict(num_warps=1)),
     "decode_kernel": (dict(R=1, R_PAD=16, D=128, PAGE=16, BLOCK=64), {}),
