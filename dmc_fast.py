@@ -39,7 +39,9 @@ def both_products(a, b, c, d):
 def tile_of(x, at, t, T, D: tl.constexpr, D_PAD: tl.constexpr, stride):
     """The tokens t of a head that begins at `at`, all channels; 0 outside of the sequence."""
     d = tl.arange(0, D_PAD)
-    inside = ((t >= 0) & (t < T))[:, None] & (d < D)[None, :]
+    inside = ((t >= 0) & (t < T))[:, None]
+    if D < D_PAD:
+        inside = inside & (d < D)[None, :]
     return tl.load(x + at + t[:, None] * stride + d[None, :], mask=inside, other=0)
 
 
@@ -96,56 +98,58 @@ def average_kernel(k, v, alpha, omega, k_mean, v_mean, inverse_z, T, G,
 def average_gradient_kernel(k, v, alpha, omega, inverse_z, dk_mean, dv_mean, dk, dv, dshare,
                             mean_dshare, T, G, stride_b, stride_g, stride_t,
                             D: tl.constexpr, D_PAD: tl.constexpr, W: tl.constexpr,
-                            TILE: tl.constexpr, HALO: tl.constexpr):
-    """Gradients of TILE tokens i of one head, from the averages they are in: those at t >= i.
+                            TILE: tl.constexpr, HALO: tl.constexpr, TILES: tl.constexpr):
+    """Gradients of tokens i of one head, from the averages they are in: those at t >= i.
 
     dk_i = sum_t share[t, i] dk~_t, likewise dv: the band of the forward kernel, transposed, so the
     halo lies behind the tile. And the gradient of each coefficient, dk~_t . k_i + dv~_t . v_i, as
     dshare (rows, W, T), at [t - i, t]; mean_dshare (rows, T) is their mean at t, weighted by the
-    shares. It begins with 0, and at most two programs add to it, in whatever order. Floor: dk~,
+    shares. It begins with 0, and at most two additions meet in it, in whatever order. Floor: dk~,
     dv~, k, v read once and dk, dv written once, 12 D bytes per token and head in bf16, and 4 W.
+    TILES tiles follow each other, so that one is loaded while another one is computed.
     """
     row = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * TILE
-    t, h, d = first + tl.arange(0, TILE), first + TILE + tl.arange(0, HALO), tl.arange(0, D_PAD)
-    at, means_at = (row // G) * stride_b + (row % G) * stride_g, row * T * D
-    dk_tile = tile_of(dk_mean, means_at, t, T, D, D_PAD, D)
-    dv_tile = tile_of(dv_mean, means_at, t, T, D, D_PAD, D)
-    dk_halo = tile_of(dk_mean, means_at, h, T, D, D_PAD, D)
-    dv_halo = tile_of(dv_mean, means_at, h, T, D, D_PAD, D)
-    k_tile = tile_of(k, at, t, T, D, D_PAD, stride_t)
-    v_tile = tile_of(v, at, t, T, D, D_PAD, stride_t)
-    fade, fade_after = numbers_of(alpha, row, t, T), numbers_of(alpha, row, t + 1, T)
-    weight, halo_fade = numbers_of(omega, row, t, T), numbers_of(alpha, row, h, T)
-    z, halo_z = numbers_of(inverse_z, row, t, T), numbers_of(inverse_z, row, h, T)
+    begin = tl.program_id(1) * TILE * TILES
+    for first in tl.range(begin, tl.minimum(begin + TILE * TILES, T), TILE, num_stages=2):
+        t, h, d = first + tl.arange(0, TILE), first + TILE + tl.arange(0, HALO), tl.arange(0, D_PAD)
+        at, means_at = (row // G) * stride_b + (row % G) * stride_g, row * T * D
+        dk_tile = tile_of(dk_mean, means_at, t, T, D, D_PAD, D)
+        dv_tile = tile_of(dv_mean, means_at, t, T, D, D_PAD, D)
+        dk_halo = tile_of(dk_mean, means_at, h, T, D, D_PAD, D)
+        dv_halo = tile_of(dv_mean, means_at, h, T, D, D_PAD, D)
+        k_tile = tile_of(k, at, t, T, D, D_PAD, stride_t)
+        v_tile = tile_of(v, at, t, T, D, D_PAD, stride_t)
+        fade, fade_after = numbers_of(alpha, row, t, T), numbers_of(alpha, row, t + 1, T)
+        weight, halo_fade = numbers_of(omega, row, t, T), numbers_of(alpha, row, h, T)
+        z, halo_z = numbers_of(inverse_z, row, t, T), numbers_of(inverse_z, row, h, T)
 
-    slope = tl.dot(k_tile, tl.trans(dk_tile), input_precision="ieee")
-    slope = tl.dot(v_tile, tl.trans(dv_tile), slope, input_precision="ieee")
-    halo_slope = tl.dot(k_tile, tl.trans(dk_halo), input_precision="ieee")
-    halo_slope = tl.dot(v_tile, tl.trans(dv_halo), halo_slope, input_precision="ieee")
+        slope = tl.dot(k_tile, tl.trans(dk_tile), input_precision="ieee")
+        slope = tl.dot(v_tile, tl.trans(dv_tile), slope, input_precision="ieee")
+        halo_slope = tl.dot(k_tile, tl.trans(dk_halo), input_precision="ieee")
+        halo_slope = tl.dot(v_tile, tl.trans(dv_halo), halo_slope, input_precision="ieee")
 
-    later = t[None, :] > t[:, None]                     # token t of the column after i of the row
-    fades = tl.cumprod(tl.where(later, fade[None, :], 1.0), 1)
-    n, halo_n = t[None, :] - t[:, None], h[None, :] - t[:, None]
-    near, halo_near = (n >= 0) & (n < W), halo_n < W
-    share = tl.where(near, fades * weight[:, None] * z[None, :], 0.0)
-    fade_after = tl.where(t + 1 < first + TILE, fade_after, 1.0)
-    to_end = weight * tl.cumprod(fade_after, 0, reverse=True)
-    halo_z *= tl.cumprod(halo_fade, 0)
-    halo_share = tl.where(halo_near, to_end[:, None] * halo_z[None, :], 0.0)
+        later = t[None, :] > t[:, None]                 # token t of the column after i of the row
+        fades = tl.cumprod(tl.where(later, fade[None, :], 1.0), 1)
+        n, halo_n = t[None, :] - t[:, None], h[None, :] - t[:, None]
+        near, halo_near = (n >= 0) & (n < W), halo_n < W
+        share = tl.where(near, fades * weight[:, None] * z[None, :], 0.0)
+        fade_after = tl.where(t + 1 < first + TILE, fade_after, 1.0)
+        to_end = weight * tl.cumprod(fade_after, 0, reverse=True)
+        halo_z *= tl.cumprod(halo_fade, 0)
+        halo_share = tl.where(halo_near, to_end[:, None] * halo_z[None, :], 0.0)
 
-    out = t[:, None] * D + d[None, :]
-    written = (t < T)[:, None] & (d < D)[None, :]
-    dk_sum = both_products(share, dk_tile, halo_share, dk_halo)
-    dv_sum = both_products(share, dv_tile, halo_share, dv_halo)
-    tl.store(dk + means_at + out, dk_sum, mask=written)
-    tl.store(dv + means_at + out, dv_sum, mask=written)
-    there = near & (t < T)[None, :]
-    tl.store(dshare + row * W * T + n * T + t[None, :], slope, mask=there)
-    there = halo_near & (h < T)[None, :]
-    tl.store(dshare + row * W * T + halo_n * T + h[None, :], halo_slope, mask=there)
-    tl.atomic_add(mean_dshare + row * T + t, tl.sum(share * slope, 0), mask=t < T)
-    tl.atomic_add(mean_dshare + row * T + h, tl.sum(halo_share * halo_slope, 0), mask=h < T)
+        out = t[:, None] * D + d[None, :]
+        written = (t < T)[:, None] & (d < D)[None, :]
+        dk_sum = both_products(share, dk_tile, halo_share, dk_halo)
+        dv_sum = both_products(share, dv_tile, halo_share, dv_halo)
+        tl.store(dk + means_at + out, dk_sum, mask=written)
+        tl.store(dv + means_at + out, dv_sum, mask=written)
+        there = near & (t < T)[None, :]
+        tl.store(dshare + row * W * T + n * T + t[None, :], slope, mask=there)
+        there = halo_near & (h < T)[None, :]
+        tl.store(dshare + row * W * T + halo_n * T + h[None, :], halo_slope, mask=there)
+        tl.atomic_add(mean_dshare + row * T + t, tl.sum(share * slope, 0), mask=t < T)
+        tl.atomic_add(mean_dshare + row * T + h, tl.sum(halo_share * halo_slope, 0), mask=h < T)
 
 
 @jit
@@ -220,10 +224,12 @@ class WindowedAverage(torch.autograd.Function):
     """The windowed average and its gradients by the kernels above, in fp32 inside."""
 
     @staticmethod
-    def layout(k, W):
-        (B, G, T, D), TILE = k.shape, 32
-        return (B * G, triton.cdiv(T, TILE)), dict(
-            D=D, D_PAD=max(16, power_of_2(D)), W=W, TILE=TILE, HALO=WIDEST_WINDOW)
+    def layout(k, W, TILE, TILES=1):
+        """A kernel's grid and sizes: TILES tiles of TILE tokens of a head in each program."""
+        B, G, T, D = k.shape
+        tiles = {"TILES": TILES} if TILES > 1 else {}
+        return (B * G, triton.cdiv(T, TILE * TILES)), dict(
+            D=D, D_PAD=max(16, power_of_2(D)), W=W, TILE=TILE, HALO=WIDEST_WINDOW, **tiles)
 
     @staticmethod
     def forward(ctx, k, v, alpha, omega, W):
@@ -233,7 +239,7 @@ class WindowedAverage(torch.autograd.Function):
         alpha, omega = (x.to(torch.float32).contiguous() for x in (alpha, omega))
         means = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v)]
         inverse_z = torch.empty_like(alpha)
-        grid, sizes = WindowedAverage.layout(k, W)
+        grid, sizes = WindowedAverage.layout(k, W, TILE=32)
         average_kernel[grid](k, v, alpha, omega, *means, inverse_z, k.size(2), k.size(1),
                              *k.stride()[:3], **sizes)
         ctx.save_for_backward(k, v, alpha, omega, inverse_z)
@@ -245,7 +251,7 @@ class WindowedAverage(torch.autograd.Function):
         k, v, alpha, omega, inverse_z = ctx.saved_tensors
         grads = [grad.contiguous() for grad in grads]
         (B, G, T, _), W = k.shape, ctx.W
-        grid, sizes = WindowedAverage.layout(k, W)
+        grid, sizes = WindowedAverage.layout(k, W, TILE=16, TILES=8)
         dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
         dshare, mean_dshare = alpha.new_empty(B * G, W, T), torch.zeros_like(alpha)
         dalpha, domega = (torch.empty_like(alpha) for _ in range(2))

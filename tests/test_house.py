@@ -19,7 +19,8 @@ ORDER = [["dmc"],
              "tables", "losses", "optim", "evaluate", "baselines", "policies", "sampling", "plots",
              "stopping", "claim", "state", "runs", "heldout", "contenders", "comparison", "seeds",
              "compare", "pool", "engine", "chat", "results", "prompts", "merges", "analyses",
-             "peers", "cases", "bench", "scoring", "humaneval", "harness", "benchmarks")),
+             "peers", "cases", "bench", "scoring", "humaneval", "harness", "benchmarks",
+             "compiled")),
          ["train", "generate"]]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 NONE = "__init__", "modeling_dmc"        # the latter is copied beside weights, and never imported

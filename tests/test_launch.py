@@ -1,95 +1,76 @@
 """The kernels, compiled for an H100 without one; and what works where Triton is missing."""
 
-import re
+import json
 import subprocess
 import sys
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 
-import dmc_fast
-from nanodmc import flash_attention
+from nanodmc import compiled
 from nanodmc.launch import power_of_2
 from test_dmc import HERE, needs_triton, on_cpu
-
-MODEL = dict(D=128, D_PAD=128, W=12, TILE=32, HALO=16)        # Llama 2 7B
-GROUPED = dict(R=1, D=128, D_PAD=128, TILE=16)       # R 8: Llama 2 70B
-STEP = dict(R=1, HALF=64, W=12, W_PAD=16, PAGE=16, WINDOWED=True, DECIDES=True, CONTROL_GAIN=0.0)
-KERNELS = {                                          # name: (constants, options of the launch)
-    "mask_kernel": (GROUPED, {}),
-    "restore_kernel": (GROUPED, {}),
-    "mask_gradient_kernel": (GROUPED, {}),
-    "average_kernel": (MODEL, {}),
-    "average_gradient_kernel": (MODEL, {}),
-    "decision_gradient_kernel": (dict(W=12, TILE=128), {}),
-    "segment_average_kernel": (dict(D=128, SLICE=32, TILE=64), {}),
-    "step_kernel": (STEP, dict(num_warps=1)),
-    "decode_kernel": (dict(R=1, R_PAD=16, D=128, PAGE=16, BLOCK=64), {}),
-    "combine_kernel": (dict(R=1, D=128), {}),
-}
-FP32 = {"alpha", "omega", "cos", "sin", "open_omega", "inverse_z", "dshare", "mean_dshare",
-        "dalpha", "domega", "out_lse", "part", "part_lse", "lse", "keep", "dkeep", "diagonal"}
-INT32 = {"table", "lengths", "ages", "free", "left", "failed", "order"}
-NUMBERS = {"T", "G", "pages_per_row", "splits"}
-
-
-def kernels_of(module):
-    return {name: f for name, f in vars(module).items()
-            if name.endswith("_kernel") and hasattr(f, "arg_names")}
-
-
-def is_stride(name):
-    return "stride" in name or name.endswith(("_b", "_h", "_t"))
-
-
-def argument_type(name, constants):
-    if name in constants:
-        return "constexpr"
-    if name in NUMBERS or is_stride(name):
-        return "i32"
-    if name == "scale":
-        return "fp32"
-    return "*fp32" if name in FP32 else "*i32" if name in INT32 else "*bf16"
 
 
 @needs_triton
 @on_cpu
 def test_every_kernel_is_compiled_below():
-    assert {*kernels_of(dmc_fast), *kernels_of(flash_attention)} == KERNELS.keys()
+    assert compiled.kernels().keys() == compiled.CASES.keys()
 
 
 @needs_triton
 @on_cpu
-@pytest.mark.parametrize("name,changes", [(name, {}) for name in KERNELS] + [
+@pytest.mark.parametrize("name,changes", [(name, {}) for name in compiled.CASES] + [
     ("mask_kernel", dict(R=8)), ("restore_kernel", dict(R=8)), ("mask_gradient_kernel", dict(R=8)),
     ("step_kernel", dict(R=8)), ("step_kernel", dict(W=1, W_PAD=1, WINDOWED=False)),
     ("step_kernel", dict(DECIDES=False)),
     ("step_kernel", dict(G=1)), ("decode_kernel", dict(splits=1)),    # 1 is compiled in
     ("decode_kernel", dict(R=8)), ("decode_kernel", dict(D=64, R=4)),
-    ("average_kernel", dict(D=64, D_PAD=64))])
-def test_compiles_for_an_h100(name, changes, tmp_path):
+    ("average_kernel", dict(D=64, D_PAD=64)), ("average_gradient_kernel", dict(D=64, D_PAD=64))])
+def test_compiles_for_an_h100(name, changes):
     """No register is spilled, and shared memory suffices."""
-    from triton.backends import nvidia
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-    constants, options = {**KERNELS[name][0], **changes}, KERNELS[name][1]
-    kernel = {**kernels_of(dmc_fast), **kernels_of(flash_attention)}[name]
-    signature = {n: argument_type(n, constants) for n in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names)
-               if signature[n].startswith("*") or is_stride(n)}
-    binary = compile(ASTSource(kernel, signature, constants, aligned),
-                     target=GPUTarget("cuda", 90, 32), options=options)
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(binary.asm["cubin"])
-    tool = Path(nvidia.__file__).parent / "bin/cuobjdump"
-    report = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True,
-                            text=True).stdout
-    registers, stack, local = (int(re.search(rf"{kind}:(\d+)", report)[1])
-                               for kind in ("REG", "STACK", "LOCAL"))
-    spills = stack + local                       # bytes per thread that belong into registers
-    print(f"\n{name:26} {changes} registers {registers} "
-          f"shared memory {binary.metadata.shared} spills {spills}", end="")
-    assert spills == 0 and binary.metadata.shared <= 227 * 1024
+    code = compiled.compile_kernel(name, changes)
+    assert code.spills == 0 and code.shared <= 227 * 1024
+
+
+LISTING = """
+    /*0000*/  LDG.E.128 R4, [R2.64] ;
+    /*0010*/  @!P0 LDG.E.U16.CONSTANT R8, desc[UR6][R10.64+0x2] ;
+    /*0020*/  IADD3 R1, R20, R21, RZ ;
+    /*0030*/  FMUL R12, R7, R1 ;
+    /*0040*/  LDG.E R9, [R2.64] ;
+    /*0050*/  STG.E [R2.64], R9 ;
+    /*0060*/  @P1 BRA 0x40 ;
+    /*0070*/  LDGSTS.E.BYPASS.128 [R30], [R2.64] ;
+    /*0080*/  DEPBAR.LE SB0, 0x0 ;
+    /*0090*/  EXIT ;
+    /*00a0*/  BRA 0xa0 ;
+"""
+
+
+def test_a_listing_is_followed():
+    """The first two loads fly together, the third is waited for in a loop, the last is a copy."""
+    instructions, waits, widest, in_flight = compiled.followed(LISTING, trips=10)
+    assert (instructions, waits, widest, in_flight) == (11 + 9 * 3, 1 + 10 + 1, 16, 18)
+
+
+def test_the_table_in_the_docs_is_the_measured_one():
+    rows = json.loads((HERE / "results/kernels-sm90.json").read_text())["rows"]
+    assert compiled.table(rows) in (HERE / "docs/gpu.md").read_text()
+    assert [row["kernel"] for row in rows] == list(compiled.CASES)
+
+
+def test_the_share_has_the_least_of_its_bounds():
+    """Less waiting, more programs, fewer instructions: never a smaller share."""
+    case = compiled.Case({}, moved=10_000)
+    code = compiled.Code(64, 0, 0, instructions=500, waits=4, widest=16, in_flight=64)
+    for better in (replace(code, waits=3), replace(code, instructions=400)):
+        assert compiled.share(case, better, 4)["share"] >= compiled.share(case, code, 4)["share"]
+    alone = compiled.alone(code)
+    assert alone == pytest.approx(4 * 6e-7 + 500 * 5 / 1.755e9)
+    share = compiled.share(case, code, 2)
+    assert share["limit"] == "time of a program"
+    assert share["share"] == pytest.approx(2 * 10_000 / alone / (0.92 * 3.35e12 / 132), abs=0.005)
 
 
 def test_a_block_holds_what_it_must():
