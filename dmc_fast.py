@@ -5,8 +5,9 @@ GPU the work is done by Triton kernels around stock flash attention, elsewhere b
 operations that fit best. Names and shapes are those of the glossary in dmc.py.
 
 Here are the kernels of the window accumulation (Eq. 9), and the cache in pages with the kernels of
-a decode step. Beside it, in nanodmc/: `attend` (flash_attention.py), and for a CPU the accumulation
-(banded_average.py) and the cache (padded_cache.py).
+a decode step. Beside it, in nanodmc/: `attend` (flash_attention.py), averages over whole segments
+(segment_average.py), and for a CPU the accumulation (banded_average.py) and the cache
+(padded_cache.py).
 """
 
 from __future__ import annotations  # kernels can be read, not run, where Triton is missing
@@ -22,6 +23,7 @@ from nanodmc.banded_average import BandedAverage, doubling_average
 from nanodmc.flash_attention import attend
 from nanodmc.launch import jit, power_of_2, tl, triton, uses_kernels
 from nanodmc.padded_cache import CacheBytes, FastCache, PaddedCache, attend_used
+from nanodmc.segment_average import segment_average
 
 # ---------------------------------------------------------------------------------- accumulate
 
@@ -183,43 +185,6 @@ def decision_gradient_kernel(alpha, omega, inverse_z, dshare, mean_dshare, dalph
     tl.store(domega + row * T + j, to_omega, mask=j < T)
 
 
-@jit
-def join_spans(fade, sums, later_fade, later_sums):
-    return fade * later_fade, later_fade * sums + later_sums
-
-
-@jit
-def segment_average_kernel(x, alpha, omega, mean, T, G, stride_b, stride_g, stride_t,
-                           D: tl.constexpr, SLICE: tl.constexpr, TILE: tl.constexpr):
-    """The average of Eq. 9 over whole segments, for SLICE channels of one head's keys or values.
-
-    The recurrence is a scan: in registers within a tile, by a carried sum from tile to tile. Heads
-    and slices of channels run in parallel. Floor: x read once, its average written once, 4 D bytes
-    per token and head in bf16.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
-    start = (row // G) * stride_b + (row % G) * stride_g
-    carried, carried_z = tl.zeros((SLICE,), tl.float32), 0.0
-    for first in range(0, T, TILE):
-        t = first + tl.arange(0, TILE)
-        read = (t < T)[:, None] & (d < D)[None, :]
-        a = tl.load(alpha + row * T + t, mask=t < T, other=1)
-        weight = tl.load(omega + row * T + t, mask=t < T, other=0)
-        at = start + t[:, None] * stride_t + d[None, :]
-        new = weight[:, None] * tl.load(x + at, mask=read, other=0).to(tl.float32)
-        fade, z = tl.associative_scan((a, weight), 0, join_spans)
-        fades = tl.broadcast_to(a[:, None], (TILE, SLICE))
-        every_fade, sums = tl.associative_scan((fades, new), 0, join_spans)
-        sums += every_fade * carried[None, :]
-        z += fade * carried_z
-        out = (row * T + t)[:, None] * D + d[None, :]
-        tl.store(mean + out, sums / z[:, None], mask=read)
-        last = tl.arange(0, TILE) == TILE - 1
-        carried = tl.sum(tl.where(last[:, None], sums, 0.0), 0)
-        carried_z = tl.sum(tl.where(last, z, 0.0), 0)
-
-
 class WindowedAverage(torch.autograd.Function):
     """The windowed average and its gradients by the kernels above, in fp32 inside."""
 
@@ -260,16 +225,6 @@ class WindowedAverage(torch.autograd.Function):
         decision_gradient_kernel[(B * G, triton.cdiv(T, 128))](
             alpha, omega, inverse_z, dshare, mean_dshare, dalpha, domega, T, W=W, TILE=128)
         return dk, dv, dalpha.to(ctx.dtypes[0]), domega.to(ctx.dtypes[1]), None
-
-
-def segment_average(x, alpha, omega):
-    """x (B, G, T, D) -> the averages over whole segments; no gradient."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    (B, G, T, D), mean = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    SLICE = min(32, power_of_2(D))
-    segment_average_kernel[(B * G, triton.cdiv(D, SLICE))](
-        x, alpha, omega, mean, T, G, *x.stride()[:3], D=D, SLICE=SLICE, TILE=64)
-    return mean
 
 
 WIDEST_WINDOW = 16  # of the kernels, whose loops over it are unrolled

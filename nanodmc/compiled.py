@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import dmc_fast
-from nanodmc import flash_attention
+from nanodmc import flash_attention, segment_average
 from nanodmc.cli import ROOT, installing, provenance, run_command
 from nanodmc.files import InputError, write_json
 from nanodmc.launch import triton
@@ -67,7 +67,8 @@ NUMBERS = {"T", "G", "pages_per_row", "splits"}
 
 def kernels():
     """The kernels by name."""
-    return {name: f for module in (dmc_fast, flash_attention) for name, f in vars(module).items()
+    modules = dmc_fast, flash_attention, segment_average
+    return {name: f for module in modules for name, f in vars(module).items()
             if name.endswith("_kernel") and hasattr(f, "arg_names")}
 
 

@@ -10,7 +10,8 @@ import pytest
 from conftest import HERE
 
 ORDER = [["dmc"],
-         ["launch", "large_scores", "flash_attention", "banded_average", "padded_cache"],
+         ["launch", "large_scores", "flash_attention", "banded_average", "padded_cache",
+          "segment_average"],
          ["dmc_fast"],
          *([name] for name in (
              "interrupts", "files", "locks", "terminal", "cli", "variants", "config", "weights",
