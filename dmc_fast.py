@@ -24,6 +24,7 @@ from nanodmc.flash_attention import attend
 from nanodmc.launch import jit, power_of_2, tl, triton, uses_kernels
 from nanodmc.padded_cache import CacheBytes, FastCache, PaddedCache, attend_used
 from nanodmc.segment_average import segment_average
+from nanodmc.work_list import BLOCK, work_list
 
 # ---------------------------------------------------------------------------------- accumulate
 
@@ -344,16 +345,21 @@ def step_kernel(q, k, v, alpha, omega, cos, sin, q_turned, pool_k, pool_v, table
 
 
 @jit
-def decode_kernel(q, pool_k, pool_v, table, lengths, order, out, out_lse, scale, pages_per_row,
-                  splits, R: tl.constexpr, R_PAD: tl.constexpr, D: tl.constexpr,
+def decode_kernel(q, pool_k, pool_v, table, lengths, items, out, part, part_lse, scale,
+                  pages_per_row, R: tl.constexpr, R_PAD: tl.constexpr, D: tl.constexpr,
                   PAGE: tl.constexpr, BLOCK: tl.constexpr):
     """Attention of one token over its head's slots: a (sequence, key-value head), or a split of it.
 
-    Rows have lengths of their own, so the longest start first and the short ones fill the gaps. The
-    R query heads of a group are the rows of one matrix and share what is loaded. A split without a
-    slot writes 0 and a log-sum-exp of -inf. Floor: every slot in use read once, 4 D bytes in bf16.
+    Rows have lengths of their own; `items` says which program takes which split of which row. The
+    R query heads of a group are the rows of one matrix and share what is loaded. A row in one piece
+    is written to `out`. A split without a slot leaves 0 and a log-sum-exp of -inf. Floor: every
+    slot in use read once, 4 D bytes in bf16.
     """
-    row, split = tl.load(order + tl.program_id(0)).to(tl.int64), tl.program_id(1)
+    item, listed = tl.program_id(0), tl.num_programs(0)
+    row = tl.load(items + item).to(tl.int64)
+    split, splits = tl.load(items + listed + item), tl.load(items + 2 * listed + item)
+    if splits == 0:                                              # a surplus program
+        return
     length = tl.load(lengths + row)
     each = tl.cdiv(tl.cdiv(length, BLOCK), splits) * BLOCK
     first = split * each
@@ -378,48 +384,51 @@ def decode_kernel(q, pool_k, pool_v, table, lengths, order, out, out_lse, scale,
         total = total * fade + tl.sum(weights, 1)
         highest = new_highest
     y = y / tl.where(total > 0, total, 1.0)[:, None]
-    entry = (row * splits + split) * R + r
-    tl.store(out + entry[:, None] * D + d[None, :], y, mask=(r < R)[:, None])
-    tl.store(out_lse + entry, highest + tl.log2(tl.where(total > 0, total, 1.0)), mask=r < R)
+    if splits == 1:
+        tl.store(out + (row * R + r)[:, None] * D + d[None, :], y, mask=(r < R)[:, None])
+    else:
+        entry = item * R + r
+        tl.store(part + entry[:, None] * D + d[None, :], y, mask=(r < R)[:, None])
+        tl.store(part_lse + entry, highest + tl.log2(tl.where(total > 0, total, 1.0)), mask=r < R)
 
 
 @jit
-def combine_kernel(part, part_lse, out, splits, R: tl.constexpr, D: tl.constexpr):
+def combine_kernel(part, part_lse, places, out, rows, R: tl.constexpr, D: tl.constexpr):
     """Join the splits of one row and query head, in a fixed order: two runs give the same bits.
 
-    Floor: 4 D bytes per split read and 2 D written in bf16; small, as only small batches are split.
+    Floor: 4 D bytes per split read and 2 D written in bf16; nothing for a row in one piece.
     """
     row, r, d = tl.program_id(0) // R, tl.program_id(0) % R, tl.arange(0, D)
-    highest, total = float("-inf"), 0.0
-    y = tl.zeros((D,), tl.float32)
-    for split in range(splits):
-        entry = (row * splits + split).to(tl.int64) * R + r
-        lse = tl.load(part_lse + entry)
-        new_highest = tl.maximum(highest, lse)
-        shift = tl.where(new_highest > float("-inf"), new_highest, 0.0)     # -inf - -inf is NaN
-        fade, weight = tl.exp2(highest - shift), tl.exp2(lse - shift)
-        y = y * fade + weight * tl.load(part + entry * D + d)
-        total = total * fade + weight
-        highest = new_highest
-    tl.store(out + (row * R + r).to(tl.int64) * D + d, y / tl.where(total > 0, total, 1.0))
+    first, splits = tl.load(places + row).to(tl.int64), tl.load(places + rows + row)
+    if splits > 1:
+        highest, total = float("-inf"), 0.0
+        y = tl.zeros((D,), tl.float32)
+        for split in range(splits):
+            entry = (first + split) * R + r
+            lse = tl.load(part_lse + entry)
+            new_highest = tl.maximum(highest, lse)
+            shift = tl.where(new_highest > float("-inf"), new_highest, 0.0)  # -inf - -inf is NaN
+            fade, weight = tl.exp2(highest - shift), tl.exp2(lse - shift)
+            y = y * fade + weight * tl.load(part + entry * D + d)
+            total = total * fade + weight
+            highest = new_highest
+        tl.store(out + (row * R + r).to(tl.int64) * D + d, y / tl.where(total > 0, total, 1.0))
 
 
-def decode(q, pool_k, pool_v, table, lengths, order, splits):
-    """Row i attends over its lengths[i] slots; no slot, no output: 0. Rows run in the given order.
+def decode(q, pool_k, pool_v, table, lengths, items, places):
+    """Row i attends over its lengths[i] slots; no slot, no output: 0.
 
-    q (rows, R, D), rotated; pools (pages, page, D); table (rows, pages per row); lengths, order
-    (rows,). Returns y (rows, R, D).
+    q (rows, R, D), rotated; pools (pages, page, D); table (rows, pages per row); lengths (rows,);
+    items (3, programs) and places (2, rows) of one layer's work_list, of these lengths or of
+    earlier ones. Returns y (rows, R, D).
     """
-    (rows, R, D), PAGE = q.shape, pool_k.size(1)
-    part = q.new_empty(rows, splits, R, D, dtype=q.dtype if splits == 1 else torch.float32)
-    lse = q.new_empty(rows, splits, R, dtype=torch.float32)
-    decode_kernel[rows, splits](
-        q, pool_k, pool_v, table, lengths, order, part, lse, 1 / math.sqrt(D), table.size(1),
-        splits, R=R, R_PAD=max(16, power_of_2(R)), D=D, PAGE=PAGE, BLOCK=64)
-    if splits == 1:
-        return part[:, 0]
-    out = torch.empty_like(q)
-    combine_kernel[(rows * R,)](part, lse, out, splits, R=R, D=D)
+    (rows, R, D), PAGE, programs = q.shape, pool_k.size(1), items.size(1)
+    out, part = torch.empty_like(q), q.new_empty(programs, R, D, dtype=torch.float32)
+    lse = q.new_empty(programs, R, dtype=torch.float32)
+    decode_kernel[(programs,)](
+        q, pool_k, pool_v, table, lengths, items, out, part, lse, 1 / math.sqrt(D), table.size(1),
+        R=R, R_PAD=max(16, power_of_2(R)), D=D, PAGE=PAGE, BLOCK=BLOCK)
+    combine_kernel[(rows * R,)](part, lse, places, out, rows, R=R, D=D)
     return out
 
 
@@ -463,7 +472,6 @@ class PagedCache(FastCache):
         self.table = torch.zeros(L, B, G, -(-config.max_seq_len // page_size), **ints)
         self.free, self.left = torch.arange(0, **ints), torch.zeros(1, **ints)
         self.failed = torch.zeros(1, **ints)
-        self.order = torch.arange(B * G, **ints).repeat(L, 1)
         self.pool_k, self.pool_v = (torch.zeros(1, page_size, D, device=device, dtype=dtype)
                                     for _ in range(2))
         self.add_pages(self.lengths.numel() if self.grows else pages)
@@ -472,7 +480,8 @@ class PagedCache(FastCache):
         if on_gpu:
             properties = torch.cuda.get_device_properties(self.free.device)
             processors = properties.multi_processor_count
-        self.splits = max(1, min(16, 4 * processors // (B * G)))
+        self.extra = 4 * processors      # programs of a decode step, beside one for each head
+        self.work = work_list(self.lengths.flatten(1), self.extra)
 
     @property
     def page_size(self):
@@ -564,17 +573,16 @@ class PagedCache(FastCache):
         part.__dict__.update(self.__dict__, seen=[0] * len(self.seen), open=self.open.rows(rows))
         for name in ("lengths", "ages", "table"):
             setattr(part, name, getattr(self, name)[:, rows])
-        B, G = part.lengths.shape[1:]
-        part.order = torch.arange(B * G, dtype=torch.int32, device=self.order.device)
-        part.order = part.order.repeat(len(self.seen), 1)
         part.ages.zero_()
+        part.work = work_list(part.lengths.flatten(1), self.extra)
         for x in part.open.tensors():                            # of the sequence before
             x.zero_()
         return part
 
-    def sort_rows(self):
-        """Longest heads first, in every layer, so that no long row is left for the end."""
-        self.order.copy_(self.lengths.flatten(1).argsort(descending=True))
+    def share_work(self):
+        """Cut the heads anew for the programs of a decode step, by their lengths now."""
+        for old, new in zip(self.work, work_list(self.lengths.flatten(1), self.extra), strict=True):
+            old.copy_(new)               # in place: a graph reads it
 
     def take(self, layer, fresh):
         """A free page for each True in fresh (B, G, pages per head); the spare one if none is."""
@@ -623,10 +631,10 @@ class PagedCache(FastCache):
         if not self.kernels:
             return self.step_in_operations(layer, q, k, v, alpha, omega)
         if self.seen[layer] % 64 == 0 and layer == 0:
-            self.sort_rows()
+            self.share_work()
         q = self.update_in_kernel(layer, q, k, v, alpha, omega)
         y = decode(q, self.pool_k, self.pool_v, self.table[layer].flatten(0, 1),
-                   self.lengths[layer].flatten(), self.order[layer], self.splits)
+                   self.lengths[layer].flatten(), *(x[layer] for x in self.work))
         return y.view(len(k), -1, 1, k.size(-1))
 
     def update_in_kernel(self, layer, q, k, v, alpha, omega):

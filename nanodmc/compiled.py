@@ -60,9 +60,9 @@ CASES = {
     "combine_kernel": Case(dict(R=1, D=D)),
 }
 FP32 = {"alpha", "omega", "cos", "sin", "open_omega", "inverse_z", "dshare", "mean_dshare",
-        "dalpha", "domega", "out_lse", "part", "part_lse", "lse", "keep", "dkeep", "diagonal"}
-INT32 = {"table", "lengths", "ages", "free", "left", "failed", "order"}
-NUMBERS = {"T", "G", "pages_per_row", "splits"}
+        "dalpha", "domega", "part", "part_lse", "lse", "keep", "dkeep", "diagonal"}
+INT32 = {"table", "lengths", "ages", "free", "left", "failed", "items", "places"}
+NUMBERS = {"T", "G", "pages_per_row", "rows"}
 
 
 def kernels():

@@ -127,6 +127,7 @@ class Engine:
         self.all_heads = self.heads * rank_count()
         self.known = {}                                    # row -> Held, by the newest report
         self.graphs, self.steps, self.waited, self.preempted = {}, 0, 0.0, 0
+        self.admitted = False                              # since the last step
 
     # --- requests
 
@@ -230,6 +231,9 @@ class Engine:
             seq.fed += 1
         if not self.running:
             return False
+        if self.steps % 64 == 0 or self.admitted:
+            self.cache.share_work()
+            self.admitted = False
         greedy = all(seq.request.temperature == 0 for seq in self.running.values())
         if self.tokens.is_cuda and self.cache.kernels:
             if greedy not in self.graphs:
@@ -240,8 +244,6 @@ class Engine:
             self.cache.seen = [longest - 1] * len(self.cache.seen)
             self._step(greedy)
         self.steps += 1
-        if self.steps % 64 == 0:
-            self.cache.sort_rows()
         self._post(self.running)
         return True
 
@@ -249,6 +251,7 @@ class Engine:
         """Prefill the first n tokens of a sequence in an idle row."""
         row = self.idle.pop()
         self.running[row], rows, seq.fed = seq, slice(row, row + 1), n
+        self.admitted = True
         for x, name in zip(self.settings, SETTINGS, strict=True):
             x[row].fill_(getattr(seq.request, name))
         tokens = torch.tensor([seq.tokens[:n]])

@@ -350,7 +350,7 @@ def test_a_step_has_no_operator_that_waits(one_thread, no_kernels_run, greedy, g
     engine.cache.ages[:, :2], engine.cache.lengths[:, :2] = 5, 3
     with torch.no_grad(), NeverWaits() as mode:
         engine._step(greedy)
-        engine.cache.sort_rows()
+        engine.cache.share_work()
         engine.cache.release(slice(0, 1))
     assert mode.operators > 50
 

@@ -26,6 +26,7 @@ from nanodmc.launch import INTERPRETED, triton
 from nanodmc.optim import new_optimizer
 from nanodmc.phases import plan
 from nanodmc.settings import Settings
+from nanodmc.work_list import work_list
 from test_banded_average import accumulate_inputs, check_accumulate
 from test_dmc import check_cache, config_of, on_cpu
 from test_flash_attention import attend_inputs, check_attend
@@ -66,12 +67,12 @@ def test_attend_at_full_size_gpu(heads, T, D, hard):
 
 
 @on_gpu
-@pytest.mark.parametrize("R,D,page,splits", [
-    (1, 128, 16, 1), (1, 128, 16, 16), (8, 128, 16, 3), (3, 64, 32, 2), (4, 64, 64, 1)])
-def test_ragged_decode_at_full_size_gpu(R, D, page, splits):
+@pytest.mark.parametrize("R,D,page,extra", [
+    (1, 128, 16, 1), (1, 128, 16, 4000), (8, 128, 16, 528), (3, 64, 32, 100), (4, 64, 64, 1)])
+def test_ragged_decode_at_full_size_gpu(R, D, page, extra):
     lengths = torch.randint(0, 4096, (250,), generator=torch.Generator().manual_seed(0))
     lengths[:6] = torch.tensor([0, 1, page - 1, page, page + 1, 4096])
-    check_decode(lengths.to(DEVICE), R, D, page, splits, torch.bfloat16)
+    check_decode(lengths.to(DEVICE), R, D, page, extra, torch.bfloat16)
 
 
 @on_gpu
@@ -233,8 +234,8 @@ def test_speed_of_a_decode_step_kernels_gpu(copying, note, cr, batch):
     lengths = lengths.to(DEVICE)
     *pools, table = paged(lengths, 16, D, HALF)
     q = torch.randn(len(lengths), 1, D, device=DEVICE, dtype=HALF)
-    order = lengths.argsort(descending=True).int()
-    decode = partial(dmc_fast.decode, q, *pools, table, lengths, order, 1)
+    items, places = (x[0] for x in work_list(lengths[None], 4 * 132))
+    decode = partial(dmc_fast.decode, q, *pools, table, lengths, items, places)
     attention = seconds(decode)
     name, size = f"decode at CR {cr}, batch {batch}", 2 * int(lengths.sum()) * D * q.element_size()
     note(f"{name}: share of copy bandwidth", size / attention / copying, 0.88)

@@ -11,7 +11,7 @@ from conftest import HERE
 
 ORDER = [["dmc"],
          ["launch", "large_scores", "flash_attention", "banded_average", "padded_cache",
-          "segment_average"],
+          "segment_average", "work_list"],
          ["dmc_fast"],
          *([name] for name in (
              "interrupts", "files", "locks", "terminal", "cli", "variants", "config", "weights",

@@ -1,5 +1,7 @@
 """The decode step over pages, the kernels that attend; what caches count, and what they refuse."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 import dmc
 import dmc_fast
 from nanodmc.launch import INTERPRETED
+from nanodmc.work_list import BLOCK, work_list
 from test_dmc import (
     assert_as_good,
     config_of,
@@ -46,8 +49,11 @@ def paged(lengths, page, D, dtype):
     return *pools, table
 
 
-def check_decode(lengths, R, D, page, splits, dtype):
-    """Against padded attention, in two orders of the rows, which must give the same bits."""
+def check_decode(lengths, R, D, page, extra, dtype, earlier=None):
+    """Against padded attention, twice, which must give the same bits.
+
+    extra: programs beside one for each row. earlier: lengths of which the list of work is.
+    """
     lengths, device = lengths.int(), lengths.device
     pool_k, pool_v, table = paged(lengths, page, D, dtype)
     rng = torch.Generator(device).manual_seed(1)
@@ -58,22 +64,65 @@ def check_decode(lengths, R, D, page, splits, dtype):
         k, v = (pool[table].flatten(1, 2).to(wide).nan_to_num() for pool in (pool_k, pool_v))
         scores = (q.to(wide) @ k.mT / D ** 0.5).masked_fill(~used[:, None], -torch.inf)
         out.append(scores.softmax(-1).nan_to_num() @ v)
-    orders = lengths.argsort(descending=True), torch.arange(len(lengths), device=device)
-    results = [dmc_fast.decode(q, pool_k, pool_v, table, lengths, order.int(), splits)
-               for order in orders]
+    known = lengths if earlier is None else earlier.to(device)
+    items, places = (x[0] for x in work_list(known[None], extra))
+    results = [dmc_fast.decode(q, pool_k, pool_v, table, lengths, items, places) for _ in range(2)]
     assert_as_good(results[:1], plain, exact)
     assert torch.equal(*results) and (results[0][lengths == 0] == 0).all()
 
 
 @kernels
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("R,D,page,splits,dtype", [
-    (1, 128, 16, 1, torch.float32), (3, 64, 32, 3, torch.float32), (4, 64, 16, 2, torch.float16),
+@pytest.mark.parametrize("R,D,page,extra,dtype", [
+    (1, 128, 16, 1, torch.float32), (3, 64, 32, 7, torch.float32), (4, 64, 16, 3, torch.float16),
     (8, 64, 64, 1, torch.float16)])
-def test_ragged_decode_kernel(R, D, page, splits, dtype):
+def test_ragged_decode_kernel(R, D, page, extra, dtype):
     """In fp16 for want of bf16, whose products the interpreter gets wrong."""
-    ragged = torch.tensor([0, 1, page - 1, page, page + 1, 3 * page + 5])
-    check_decode(ragged, R, D, page, splits, dtype)
+    ragged = torch.tensor([0, 1, page - 1, page, page + 1, 3 * page + 5, 200])
+    check_decode(ragged, R, D, page, extra, dtype)
+    check_decode(ragged, R, D, page, extra, dtype, earlier=ragged.flip(0))
+
+
+@on_cpu
+@given(st.lists(st.lists(st.integers(0, 5000), min_size=7, max_size=7), min_size=1, max_size=3),
+       st.integers(1, 40))
+def test_a_work_list_has_every_split_once_and_evenly(lengths, extra):
+    lengths = torch.tensor(lengths)
+    items, places = work_list(lengths, extra)
+    assert items.shape == (len(lengths), 3, 7 + extra) and places.shape == (len(lengths), 2, 7)
+    for layer in range(len(lengths)):
+        blocks = -(-lengths[layer] // BLOCK)
+        most = max(1, -(-int(blocks.sum()) // extra))
+        listed = [tuple(item) for item in items[layer].T.tolist()]
+        real = [item for item in listed if item[2]]
+        assert listed[len(real):] == [item for item in listed if not item[2]]
+        for row in range(7):
+            first, splits = places[layer, :, row].tolist()
+            assert splits == max(1, -(-int(blocks[row]) // most))
+            assert real[first:first + splits] == [(row, i, splits) for i in range(splits)]
+        sizes = [float(blocks[row]) / splits for row, _, splits in real]
+        assert len(real) == places[layer, 1].sum() and sizes == sorted(sizes, reverse=True)
+        assert max(sizes) <= most
+
+
+@on_cpu
+@pytest.mark.parametrize("name,rows,slots", [
+    ("CR 8, batch 8", 8 * 32, 384), ("CR 8, batch 16", 16 * 32, 384),
+    ("8 grouped heads, CR 1, batch 64", 64 * 8, 3072)])
+def test_the_programs_of_a_decode_step_end_together(name, rows, slots, measured):
+    """Of heads whose lengths spread as those of a retrofitted model, on the 132 SMs of an H100."""
+    spread = 0.0 if "CR 1" in name else 0.7
+    lengths = (torch.randn(rows, generator=torch.Generator().manual_seed(0)) * spread).exp()
+    lengths = (lengths / lengths.mean() * slots).int()
+    blocks, extra = -(-lengths // BLOCK), 4 * 132
+    before = max(1, min(16, extra // rows))
+    items, places = work_list(lengths[None], extra)
+    mean = blocks.sum().item() / 132 / 4                # of the programs that run at once
+    longest = (blocks / places[0, 1]).ceil().max().item()
+    measured[name] = {"blocks of 64 slots per program": mean, "longest program": longest,
+                      "longest with equally many splits for each head":
+                          (blocks / before).ceil().max().item()}
+    assert longest <= max(1, math.ceil(mean))
 
 
 # ---------------------------------------------------------------------------- what both caches have
