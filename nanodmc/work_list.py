@@ -25,7 +25,7 @@ def work_list(lengths, extra):
     order = (blocks / splits).argsort(descending=True, stable=True)
     count = splits.gather(1, order)
     ends = count.cumsum(1)
-    item = torch.arange(rows + extra, device=lengths.device).expand(L, -1).contiguous()
+    item = torch.arange(rows + extra, device=lengths.device).repeat(L, 1)
     nth = torch.searchsorted(ends, item, right=True)
     there, nth = nth < rows, nth.clamp(max=rows - 1)
     split = item - (ends - count).gather(1, nth)
