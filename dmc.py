@@ -151,11 +151,14 @@ def dmc_mask(keep):
     return torch.where(j < i, overwritten, causal)
 
 
-def attend(q, k, v, keep=None):
+def attend(q, k, v, keep=None, angles=None):
     """Causal attention under the mask of appendix F; keep None: plain causal attention.
 
-    q (B, H, T, D); k, v (B, G, T, D), rotated; keep (B, G, T). Returns y (B, H, T, D).
+    q (B, H, T, D); k, v (B, G, T, D); keep (B, G, T). q and k are rotated, or are to be, by angles
+    (cos, sin), with control channels that no score sees. Returns y (B, H, T, D).
     """
+    if angles is not None:
+        q, k = (rotate_heads(x, *angles, gain=0.0) for x in (q, k))
     if keep is None:
         groups = q.size(1) != k.size(1)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups)
@@ -359,8 +362,9 @@ class Attention(nn.Module):
         else:
             if alpha is not None:
                 k, v = self.accumulate(k, v, alpha, omega, self.config.window)
-            q, k = rotate_heads(q, cos, sin, gain), rotate_heads(k, cos, sin, gain)
-            y = self.attend(q, k, v, keep)
+                y = self.attend(q, k, v, keep, (cos, sin))
+            else:
+                y = self.attend(*(rotate_heads(x, cos, sin, gain) for x in (q, k)), v)
         return self.o_proj(y.transpose(1, 2).flatten(2)), alpha
 
 

@@ -22,6 +22,7 @@ import dmc
 from nanodmc.banded_average import BandedAverage, doubling_average
 from nanodmc.flash_attention import attend
 from nanodmc.launch import jit, power_of_2, tl, triton, uses_kernels
+from nanodmc.mask_kernels import turn
 from nanodmc.padded_cache import CacheBytes, FastCache, PaddedCache, attend_used
 from nanodmc.segment_average import segment_average
 from nanodmc.work_list import BLOCK, work_list
@@ -248,13 +249,6 @@ def accumulate(k, v, alpha, omega, window=None):
 
 
 # -------------------------------------------------------------------- kernels of a decode step
-
-@jit
-def turn(low, high, cos, sin, gain):
-    """Rotary embedding of a vector's two halves, the control channel scaled before and after."""
-    low *= gain
-    return (low * cos - high * sin) * gain, high * cos + low * sin
-
 
 @jit
 def merged(average, at, live, share, new, new_share):

@@ -12,11 +12,12 @@ import re
 import subprocess
 import sys
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import dmc_fast
-from nanodmc import flash_attention, segment_average
+from nanodmc import mask_kernels, segment_average
 from nanodmc.cli import ROOT, installing, provenance, run_command
 from nanodmc.files import InputError, write_json
 from nanodmc.launch import triton
@@ -34,6 +35,7 @@ CYCLES = 5                      # from one instruction of a warp to its next
 T, D, W = 4096, 128, 12
 BAND = dict(D=D, D_PAD=D, W=W, TILE=32, HALO=16)
 GROUPED = dict(R=1, D=D, D_PAD=D, TILE=16)
+TURNING = dict(R=1, HALF=D // 2, HALF_PAD=D // 2, TILE=16, TURN=True)
 STEP = dict(R=1, HALF=D // 2, W=W, W_PAD=16, PAGE=16, WINDOWED=True, DECIDES=True, CONTROL_GAIN=0.0)
 SLOTS = 1024                    # of a head, in decode_kernel
 
@@ -48,9 +50,9 @@ class Case:
 
 
 CASES = {
-    "mask_kernel": Case(GROUPED, 16 * 8 * D),
+    "mask_kernel": Case(TURNING, 16 * 8 * D),
     "restore_kernel": Case(GROUPED, 16 * 6 * D),
-    "mask_gradient_kernel": Case(GROUPED, 16 * 22 * D),
+    "mask_gradient_kernel": Case(TURNING, 16 * 22 * D),
     "average_kernel": Case(BAND, 32 * 8 * D),
     "average_gradient_kernel": Case({**BAND, "TILE": 16, "TILES": 8}, 128 * (12 * D + 4 * W), 8),
     "decision_gradient_kernel": Case(dict(W=W, TILE=128), 128 * (4 * W + 24)),
@@ -67,7 +69,7 @@ NUMBERS = {"T", "G", "pages_per_row", "rows"}
 
 def kernels():
     """The kernels by name."""
-    modules = dmc_fast, flash_attention, segment_average
+    modules = dmc_fast, mask_kernels, segment_average
     return {name: f for module in modules for name, f in vars(module).items()
             if name.endswith("_kernel") and hasattr(f, "arg_names")}
 
@@ -221,6 +223,7 @@ def measure():
     """Print the table, and write results/kernels-sm90.json."""
     if triton is None:
         raise InputError(f"Triton is not installed; install it with: {installing('triton')}")
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     rows = [figures(name, compile_kernel(name)) for name in CASES]
     print(table(rows), end="")
     write_json(ROOT / "results/kernels-sm90.json", {"rows": rows, **provenance()})

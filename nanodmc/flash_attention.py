@@ -16,7 +16,13 @@ from torch.nn.attention import SDPBackend
 import dmc
 from dmc import wide
 from nanodmc.large_scores import attend_in_blocks, too_large
-from nanodmc.launch import jit, power_of_2, tl, triton, uses_kernels
+from nanodmc.launch import uses_kernels
+from nanodmc.mask_kernels import (
+    dense,
+    mask_gradient_in_kernel,
+    masked_in_kernel,
+    restored_in_kernel,
+)
 
 LOWEST = -1e4       # stands for log 0: exp of it is 0, and unlike inf it may be multiplied by 0
 aten = torch.ops.aten
@@ -90,157 +96,10 @@ def grouped(x, G):
     return x.unflatten(1, (G, -1))
 
 
-def dense(x):
-    """x, or a copy of it in which no element lies apart and the last dimension is contiguous."""
-    return x if x.is_contiguous() or x.transpose(1, 2).is_contiguous() else x.contiguous()
-
-
-# ----------------------------------------------------------------------------------- kernels
-
-@jit
-def mask_kernel(q, k, keep, q_masked, k_masked, diagonal, T, G, scale,
-                q_b, q_h, q_t, k_b, k_h, k_t,
-                R: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr):
-    """Copies of q and k whose control channels carry the mask, and the scores of the diagonal.
-
-    For TILE tokens of one group, whose query heads are taken one after the other beside a key that
-    is read once. Floor: q and k read and written once, 4 D (R + 1) bytes per token and key-value
-    head in bf16.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    t, d = tl.program_id(1) * TILE + tl.arange(0, TILE), tl.arange(0, D_PAD)
-    at, inside = t[:, None], (t < T)[:, None] & (d < D)[None, :]
-    b, g = row // G, row % G
-    bias = tl.load(keep + row * T + t, mask=t < T, other=0)
-    k_at = b * k_b + g * k_h + at * k_t + d[None, :]
-    key = tl.load(k + k_at, mask=inside, other=0)
-    for r in range(R):
-        q_at = b * q_b + (g * R + r) * q_h + at * q_t + d[None, :]
-        query = tl.load(q + q_at, mask=inside, other=0)
-        score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale
-        tl.store(diagonal + (row * R + r) * T + t, score, mask=t < T)
-        tl.store(q_masked + q_at, tl.where(d[None, :] == 0, 8.0, query), mask=inside)
-    carried = tl.where(d[None, :] == 0, (bias / (8 * scale))[:, None], key)
-    tl.store(k_masked + k_at, carried, mask=inside)
-
-
-@jit
-def restore_kernel(y, lse, v, keep, diagonal, T, G, y_b, y_h, y_t, v_b, v_h, v_t,
-                   R: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr):
-    """Give back to y and lse, in place, what the mask took from the diagonal.
-
-    For TILE tokens of one group. Rows from which nothing was taken, because the next token
-    appended, are not touched. Floor: v read, y read and written once, 2 D (2 R + 1) bytes per token
-    and key-value head in bf16.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    t, d = tl.program_id(1) * TILE + tl.arange(0, TILE), tl.arange(0, D_PAD)
-    at, inside = t[:, None], (t < T)[:, None] & (d < D)[None, :]
-    b, g = row // G, row % G
-    taken = 1 - tl.exp(tl.load(keep + row * T + t, mask=t < T, other=0))
-    v_at = b * v_b + g * v_h + at * v_t + d[None, :]
-    value = tl.load(v + v_at, mask=inside & (taken > 0)[:, None], other=0).to(tl.float32)
-    for r in range(R):
-        entry = (row * R + r) * T + t
-        past = tl.load(lse + entry, mask=t < T, other=0)
-        score = tl.load(diagonal + entry, mask=t < T, other=0)
-        highest = tl.maximum(past, tl.where(taken > 0, score, past))
-        total = tl.exp(past - highest) + taken * tl.exp(tl.minimum(score - highest, 0.0))
-        merged_lse = highest + tl.log(total)
-        weight = taken * tl.exp(tl.minimum(score - merged_lse, 0.0))
-        y_at = b * y_b + (g * R + r) * y_h + at * y_t + d[None, :]
-        changed = inside & (weight > 0)[:, None]
-        old = tl.load(y + y_at, mask=changed, other=0).to(tl.float32)
-        tl.store(y + y_at, old + weight[:, None] * (value - old), mask=changed)
-        tl.store(lse + entry, merged_lse, mask=t < T)
-
-
-@jit
-def mask_gradient_kernel(grad, q, k, v, y, lse, keep, diagonal, dq, dk, dv, dkeep, T, G, scale,
-                         grad_b, grad_h, grad_t, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
-                         y_b, y_h, y_t, dq_b, dq_h, dq_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
-                         R: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-                         TILE: tl.constexpr):
-    """Add to dq, dk, dv, in place, the share of the diagonal; and make keep's gradient.
-
-    For TILE tokens of one group, whose query heads' contributions to key and value are summed in
-    registers. Floor: grad, q, y, k, v read, dq, dk, dv read and written once, 2 D (5 R + 6) bytes
-    per token and key-value head in bf16.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    t, d = tl.program_id(1) * TILE + tl.arange(0, TILE), tl.arange(0, D_PAD)
-    at, inside = t[:, None], (t < T)[:, None] & (d < D)[None, :]
-    b, g = row // G, row % G
-    left = tl.exp(tl.load(keep + row * T + t, mask=t < T, other=0))
-    key_at, value_at = k + b * k_b + g * k_h + at * k_t, v + b * v_b + g * v_h + at * v_t
-    key = tl.load(key_at + d[None, :], mask=inside, other=0).to(tl.float32)
-    value = tl.load(value_at + d[None, :], mask=inside, other=0).to(tl.float32)
-    dk_at = dk + b * dk_b + g * dk_h + at * dk_t + d[None, :]
-    dv_at = dv + b * dv_b + g * dv_h + at * dv_t + d[None, :]
-    key_sum = tl.load(dk_at, mask=inside, other=0).to(tl.float32)
-    value_sum = tl.load(dv_at, mask=inside, other=0).to(tl.float32)
-    to_keep = tl.sum(tl.where(d[None, :] == 0, key_sum, 0.0), 1) / (8 * scale)
-    for r in range(R):
-        h, entry = g * R + r, (row * R + r) * T + t
-        past = tl.load(lse + entry, mask=t < T, other=0)
-        share = tl.exp(tl.load(diagonal + entry, mask=t < T, other=0) - past)
-        slope_at = grad + b * grad_b + h * grad_h + at * grad_t + d[None, :]
-        slope = tl.load(slope_at, mask=inside, other=0).to(tl.float32)
-        out_at = y + b * y_b + h * y_h + at * y_t + d[None, :]
-        out = tl.load(out_at, mask=inside, other=0).to(tl.float32)
-        query_at = q + b * q_b + h * q_h + at * q_t + d[None, :]
-        query = tl.load(query_at, mask=inside, other=0).to(tl.float32)
-        to_score = tl.sum(slope * (value - out), 1) * share
-        to_keep -= to_score * left
-        weight, to_score = share * (1 - left), to_score * (1 - left) * scale
-        dq_at = dq + b * dq_b + h * dq_h + at * dq_t + d[None, :]
-        to_query = tl.load(dq_at, mask=inside, other=0).to(tl.float32) + to_score[:, None] * key
-        tl.store(dq_at, tl.where(d[None, :] == 0, 0.0, to_query), mask=inside)
-        key_sum += to_score[:, None] * query
-        value_sum += weight[:, None] * slope
-    tl.store(dk_at, tl.where(d[None, :] == 0, 0.0, key_sum), mask=inside)
-    tl.store(dv_at, value_sum, mask=inside)
-    tl.store(dkeep + row * T + t, to_keep, mask=t < T)
-
-
-def by_group(q, k):
-    """Grid and sizes of the three kernels: a program for each key-value head and tile of tokens."""
-    (B, H, T, D), G = q.shape, k.size(1)
-    return (B * G, triton.cdiv(T, 16)), dict(R=H // G, D=D, D_PAD=power_of_2(D), TILE=16)
-
-
-def masked_in_kernel(q, k, keep, scale):
-    q, k = dense(q), dense(k)
-    q_masked, k_masked = torch.empty_like(q), torch.empty_like(k)
-    diagonal = q.new_empty(q.shape[:3], dtype=torch.float32)
-    grid, sizes = by_group(q, k)
-    mask_kernel[grid](q, k, keep, q_masked, k_masked, diagonal, q.size(2), k.size(1), scale,
-                      *q.stride()[:3], *k.stride()[:3], **sizes)
-    return q_masked, k_masked, diagonal
-
-
-def restored_in_kernel(y, lse, v, keep, diagonal):
-    """Returns lse; it and y change in place."""
-    grid, sizes = by_group(y, v)
-    restore_kernel[grid](y, lse, v, keep, diagonal, y.size(2), v.size(1),
-                         *y.stride()[:3], *v.stride()[:3], **sizes)
-    return lse
-
-
-def mask_gradient_in_kernel(grad, q, k, v, y, lse, keep, diagonal, dq, dk, dv, scale):
-    """Returns keep's gradient; dq, dk and dv change in place."""
-    grid, sizes = by_group(q, k)
-    strides = [stride for x in (grad, q, k, v, y, dq, dk, dv) for stride in x.stride()[:3]]
-    dkeep = torch.empty_like(keep)
-    mask_gradient_kernel[grid](grad, q, k, v, y, lse, keep, diagonal, dq, dk, dv, dkeep,
-                               q.size(2), k.size(1), scale, *strides, **sizes)
-    return dkeep
-
-
 # --------------------------------------------------------------------- the same in operations
 
-def masked(q, k, keep, scale):
-    """mask_kernel in PyTorch's operations."""
+def masked(q, k, keep, angles, scale):
+    """mask_kernel in PyTorch's operations; q and k are rotated already."""
     G = k.size(1)
     diagonal = (wide(grouped(q, G)) * wide(k)[:, :, None]).sum(-1).flatten(1, 2) * scale
     q, k = q.clone(), k.clone()
@@ -257,7 +116,7 @@ def restored(y, lse, v, keep, diagonal):
     return lse
 
 
-def mask_gradient(grad, q, k, v, y, lse, keep, diagonal, dq, dk, dv, scale):
+def mask_gradient(grad, q, k, v, y, lse, keep, diagonal, angles, dq, dk, dv, scale):
     """mask_gradient_kernel in PyTorch's operations."""
     G, grad = k.size(1), grouped(grad, k.size(1))
     left, share = keep.exp()[:, :, None], grouped(diagonal - lse, G).exp_()     # (B, G, 1 | R, T)
@@ -276,7 +135,10 @@ def mask_gradient(grad, q, k, v, y, lse, keep, diagonal, dq, dk, dv, scale):
 # ------------------------------------------------------------------------------------- attend
 
 class MaskedFlash(torch.autograd.Function):
-    """The mask of appendix F through stock causal attention. Channel 0 of q and k is 0 on entry.
+    """The mask of appendix F through stock causal attention.
+
+    Channel 0 of q and k is 0 on entry; or q and k are not yet rotated, and the kernels do that and
+    clear it, with angles (cos, sin), (T, D / 2) in fp32.
 
     What the mask adds to the score of query i on key j < i depends on j alone: keep_{j+1}. The
     control channel, which no score needs any more, carries it: 8 in the query (exact in bf16) times
@@ -290,16 +152,17 @@ class MaskedFlash(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, keep, scale, kind):
+    def forward(ctx, q, k, v, keep, scale, kind, angles=None):
         keep_next = F.pad(keep[..., 1:], (0, 1)).clamp_(min=LOWEST)   # what token t + 1 leaves to t
         ctx.kernels = uses_kernels(q.device) and q.dtype != torch.float64
         mask = masked_in_kernel if ctx.kernels else masked
-        q, k, diagonal = mask(q, k, keep_next, scale)
+        q, k, diagonal = mask(q, k, keep_next, angles, scale)
         v = dense(v)
         y, lse, tensors, sizes = flash(kind, q, k, v, scale)
         restore = restored_in_kernel if ctx.kernels else restored
         lse = restore(y, lse.contiguous(), v, keep_next, diagonal)
         ctx.save_for_backward(q, k, v, y, lse, keep_next, diagonal, *tensors)
+        ctx.angles = angles
         ctx.kind, ctx.sizes, ctx.scale, ctx.keep_dtype = kind, sizes, scale, keep.dtype
         return y
 
@@ -310,24 +173,30 @@ class MaskedFlash(torch.autograd.Function):
         grad, scale = dense(grad), ctx.scale
         dq, dk, dv = flash_backward(ctx.kind, grad, q, k, v, y, lse, tensors, ctx.sizes, scale)
         finish = mask_gradient_in_kernel if ctx.kernels else mask_gradient
-        dkeep = finish(grad, q, k, v, y, lse, keep_next, diagonal, dq, dk, dv, scale)
-        return dq, dk, dv, F.pad(dkeep[..., :-1], (1, 0)).to(ctx.keep_dtype), None, None
+        dkeep = finish(grad, q, k, v, y, lse, keep_next, diagonal, ctx.angles, dq, dk, dv, scale)
+        return dq, dk, dv, F.pad(dkeep[..., :-1], (1, 0)).to(ctx.keep_dtype), None, None, None
 
 
-def attend(q, k, v, keep=None):
+def attend(q, k, v, keep=None, angles=None):
     """dmc.attend: causal attention under the mask of appendix F.
 
-    The control channel carries the mask, so it must be free: q[..., 0] = k[..., 0] = 0, as in the
-    model. And the scores q . k / sqrt(D) must lie within 4,000, as those of a model that has not
-    overflowed do, or what was overwritten is seen again. On a CPU both are checked: a free channel
-    is added, and sequences that may exceed the limit go through large_scores.py. On a GPU both are
-    taken for granted, because a check would wait for the GPU.
+    With angles, the kernels rotate q and k on the way. The control channel carries the mask, so
+    without angles it must be free: q[..., 0] = k[..., 0] = 0, as in the model. And the scores
+    q . k / sqrt(D) must lie within 4,000, as those of a model that has not overflowed do, or what
+    was overwritten is seen again. On a CPU both are checked: a free channel is added, and sequences
+    that may exceed the limit go through large_scores.py. On a GPU both are taken for granted,
+    because a check would wait for the GPU.
     """
     if q.size(2) == 0 or (keep is None and (not q.is_cuda or needs_gradient(q, k, v))):
-        return dmc.attend(q, k, v, keep)
+        return dmc.attend(q, k, v, keep, angles)
     kind, scale = stock(q, k, v), 1 / math.sqrt(q.size(-1))
     if kind is None:                                     # on a GPU: fp32, or an odd head size
-        return dmc.attend(q, k, v, keep)
+        return dmc.attend(q, k, v, keep, angles)
+    if angles is not None:
+        if uses_kernels(q.device) and q.dtype != torch.float64:
+            angles = tuple(x.to(torch.float32) for x in angles)
+            return MaskedFlash.apply(q, k, v, keep, scale, kind, angles)
+        q, k = (dmc.rotate_heads(x, *angles, gain=0.0) for x in (q, k))
     if keep is None:                                     # a prompt
         return flash(kind, q, k, v, scale)[0]
     if kind == "cpu" and (large := too_large(q, k)).any():

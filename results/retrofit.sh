@@ -10,6 +10,10 @@
 # runs/try-cpu, to see that all is in place. PYTHON names another python.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+if [ $# -lt 3 ]; then
+    echo "retrofit.sh: give a size (cpu, gpu or 7b), the model, and one or more texts." >&2
+    exit 2
+fi
 size=$1 model=$2
 shift 2
 python=${PYTHON:-python} folder=runs/retrofit-$size

@@ -19,7 +19,7 @@ import dmc_fast
 import generate
 from conftest import HERE, largest_error, lines_of
 from dmc import Cache, Transformer
-from nanodmc import checkpoint, flash_attention, sampling
+from nanodmc import checkpoint, flash_attention, mask_kernels, sampling
 from nanodmc.engine import Engine, Request, Sequence
 from nanodmc.files import InputError
 from nanodmc.tokenizer import Tokenizer
@@ -332,8 +332,9 @@ class Launch:
 @pytest.fixture
 def no_kernels_run(monkeypatch):
     """Caches and functions choose their kernels, whose launches do nothing."""
-    for module in (dmc_fast, flash_attention):
-        monkeypatch.setattr(module, "uses_kernels", lambda device: True)
+    monkeypatch.setattr(flash_attention, "uses_kernels", lambda device: True)
+    for module in (dmc_fast, mask_kernels):
+        monkeypatch.setattr(module, "uses_kernels", lambda device: True, raising=False)
         monkeypatch.setattr(module, "triton", types.SimpleNamespace(cdiv=lambda a, b: -(-a // b)))
         for name in vars(module).copy():
             if name.endswith("_kernel") and not name.endswith("_in_kernel"):

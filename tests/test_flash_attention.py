@@ -13,6 +13,7 @@ from nanodmc import flash_attention
 from nanodmc.launch import INTERPRETED
 from test_dmc import (
     assert_as_good,
+    config_of,
     groups,
     kernels,
     on_cpu,
@@ -34,18 +35,21 @@ def attend_inputs(seed, heads, T, hard, silent, D=8):
     return q, k, v, torch.log1p(-alpha * (torch.arange(T) > 0))
 
 
-def check_attend(heads, T, hard, dtype, D, device="cpu"):
+def check_attend(heads, T, hard, dtype, D, device="cpu", turns=False):
     """attend against dmc.attend, from the same numbers, in `dtype` and in fp64.
+
+    turns: it rotates queries and keys, whose control channels have any values then.
 
     q, k, v are views of (B, T, heads, D), as the projections leave them; keep is in fp32, as in
     the model. keep's gradient arrives in a channel of k, with no more than k's precision.
     """
-    *inputs, keep = (x.to(device) for x in attend_inputs(0, heads, T, hard, True, D=D))
+    *inputs, keep = (x.to(device) for x in attend_inputs(0, heads, T, hard, not turns, D=D))
+    angles = dmc.rotary_table(config_of(head_dim=D), T, device) if turns else None
     inputs = [x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
 
     def run(f, dtype, wide):
         mine = [*(x.to(dtype) for x in inputs), keep.float().to(wide)]
-        *rest, dkeep = with_gradients(f, mine, None)
+        *rest, dkeep = with_gradients(lambda *x: f(*x, angles), mine, None)
         return [*rest, dkeep.to(dtype)]
     assert_as_good(run(flash_attention.attend, dtype, torch.float32),
                    run(dmc.attend, dtype, torch.float32),
@@ -53,10 +57,11 @@ def check_attend(heads, T, hard, dtype, D, device="cpu"):
 
 
 @on_cpu
-@given(seeds, groups, st.sampled_from([1, 2, 3, 17, 70]), st.booleans(), st.booleans())
-def test_attend_and_its_gradients(seed, heads, T, hard, silent):
+@given(seeds, groups, st.sampled_from([1, 2, 3, 17, 70]), *[st.booleans()] * 3)
+def test_attend_and_its_gradients(seed, heads, T, hard, silent, turns):
     inputs = attend_inputs(seed, heads, T, hard, silent)
-    results = [with_gradients(f, inputs, torch.float64)
+    angles = dmc.rotary_table(config_of(head_dim=8), T) if turns else None
+    results = [with_gradients(lambda *x, f=f: f(*x, angles), inputs, torch.float64)
                for f in (flash_attention.attend, dmc.attend)]
     for fast, exact in zip(*results, strict=True):
         assert (fast - exact).abs().max() < 1e-12
@@ -75,8 +80,9 @@ def test_attend_is_as_precise_as_the_plain_computation(dtype, heads, hard):
     ((2, 2), 1, True, 8), ((3, 1), 2, False, 8), ((8, 2), 33, True, 20), ((8, 1), 40, False, 16),
     ((2, 2), 65, False, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attend_kernels(heads, T, hard, D, dtype):
-    check_attend(heads, T, hard, dtype, D)
+@pytest.mark.parametrize("turns", [False, True])
+def test_attend_kernels(heads, T, hard, D, dtype, turns):
+    check_attend(heads, T, hard, dtype, D, turns=turns)
 
 
 @on_cpu

@@ -10,8 +10,8 @@ import pytest
 from conftest import HERE
 
 ORDER = [["dmc"],
-         ["launch", "large_scores", "flash_attention", "banded_average", "padded_cache",
-          "segment_average", "work_list"],
+         ["launch", "large_scores", "mask_kernels", "flash_attention", "banded_average",
+          "segment_average", "padded_cache", "work_list"],
          ["dmc_fast"],
          *([name] for name in (
              "interrupts", "files", "locks", "terminal", "cli", "variants", "config", "weights",
