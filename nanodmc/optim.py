@@ -217,7 +217,7 @@ def memory_plan(config, s, ranks=1, recompute=True):
     if not s.lean:
         square = 4 * sequences * config.n_head * s.context ** 2 * width     # masks and scores
     whole = tokens * width * (18 * heads + 4 * config.ffn_dim) + square
-    within = tokens * width * (24 * heads + 6 * config.ffn_dim) + square
+    within = tokens * width * (22 * heads + 6 * config.ffn_dim) + square
     logits = 14 * tokens * config.vocab_size
     if s.lean or taught:        # of 2,048 tokens: they and their gradient, some twice, a teacher's
         logits = (5 + taught) * width * min(tokens, 2048) * config.vocab_size + 20 * BLOCK["cuda"]

@@ -100,7 +100,7 @@ class Settings:
     batch: int = setting("data", 8, "sequences per step", 1024)
     micro_batch: int = setting(
         "data", 0, "sequences per forward and backward pass, on each card; the gradients of a "
-        "step's passes add up; 0: the whole batch", 1)
+        "step's passes add up; 0: the whole batch", 2)
     seed: int = setting("data", 0, "seed of the weights, the order of the data and the noise of "
                         "the decisions")
 
