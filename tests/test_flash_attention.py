@@ -76,12 +76,11 @@ def test_attend_is_as_precise_as_the_plain_computation(dtype, heads, hard):
 
 @kernels
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("heads,T,hard,D", [
-    ((2, 2), 1, True, 8), ((3, 1), 2, False, 8), ((8, 2), 33, True, 20), ((8, 1), 40, False, 16),
-    ((2, 2), 65, False, 64)])
+@pytest.mark.parametrize("heads,T,hard,D,turns", [
+    ((2, 2), 1, True, 8, False), ((3, 1), 2, False, 8, True), ((8, 2), 33, True, 20, True),
+    ((8, 1), 40, False, 16, False), ((2, 2), 65, False, 64, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("turns", [False, True])
-def test_attend_kernels(heads, T, hard, D, dtype, turns):
+def test_attend_kernels(heads, T, hard, D, turns, dtype):
     check_attend(heads, T, hard, dtype, D, turns=turns)
 
 
