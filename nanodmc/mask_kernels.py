@@ -36,7 +36,7 @@ def mask_kernel(q, k, keep, cos, sin, q_masked, k_masked, diagonal, T, G, scale,
 
     TURN: q and k are rotated on the way. For TILE tokens of one group, whose query heads are taken
     one after the other beside a key that is read once. Floor: q and k read and written once,
-    8 D (R + 1) bytes per token and key-value head in bf16.
+    4 D (R + 1) bytes per token and key-value head in bf16.
     """
     row = tl.program_id(0).to(tl.int64)
     t, d = tl.program_id(1) * TILE + tl.arange(0, TILE), tl.arange(0, HALF_PAD)
