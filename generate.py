@@ -16,7 +16,7 @@
     python generate.py --tasks piqa,boolq
                                         benchmarks by lm_eval
     python generate.py --chat           talk to an instruction-tuned model
-    python generate.py --convert FOLDER turn a model that NVIDIA released into
+    python generate.py --convert DIR    turn a model that NVIDIA released into
                                         one for --ckpt
     python generate.py --bench          what compression does for throughput
                                         (figure 5 of the paper)

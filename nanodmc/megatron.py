@@ -36,10 +36,10 @@ SHARD_BYTES = 10 ** 9
 
 def add_flags(parser):
     """The flags of --convert, besides those that other modes have too."""
-    flags = parser.add_argument_group("the authors' released models")
-    flags.add_argument("--convert", type=Path, metavar="FOLDER", help=(
-        "turn a DMC model in Megatron's layout into a checkpoint for --ckpt: the folder --out"))
-    flags.add_argument("--tokenizer", type=Path, metavar="FOLDER", help=(
+    flags = parser.add_argument_group("released models")
+    flags.add_argument("--convert", type=Path, metavar="DIR", help=(
+        "turn a DMC model in Megatron's layout into a checkpoint for --ckpt, in the folder --out"))
+    flags.add_argument("--tokenizer", type=Path, metavar="DIR", help=(
         "where the tokenizer.json of the model's Llama is"))
 
 
