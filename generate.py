@@ -264,7 +264,8 @@ def refuse_idle_flags(args, given):
         mode = "--tasks --policy"
     if mode == "--compare" and any(map(is_comparison, args.compare)):
         mode = "--compare FILE.json"
-    idle = given - {"device", *TAKES[mode].split()} - (set() if args.compare else {"ckpt"})
+    needs = set() if args.compare or args.convert else {"ckpt"}
+    idle = given - {"device", *TAKES[mode].split()} - needs
     if {"prompt", "prompt_file"} <= given - idle:
         raise InputError("--prompt and --prompt-file are two prompts; leave one of them out.")
     if not mode and args.samples > 1 and args.temperature == 0:

@@ -325,6 +325,7 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
     (["--out", "ours"], "needs --out, a new folder, and --tokenizer"),
     (["--tokenizer", "llama"], "needs --out, a new folder, and --tokenizer"),
     (["--tokenizer", "llama", "--out", "llama"], "llama is not empty"),
+    (["--ckpt", "llama"], "--ckpt has no effect"),
     (["--tokenizer", "theirs", "--out", "ours"], "no tokenizer.json"),
     (["--tokenizer", "llama", "--out", "llama/tokenizer.json"], "is not empty")])
 def test_the_command_says_what_it_lacks(tmp_path, words, capsys, monkeypatch, arguments, says):
