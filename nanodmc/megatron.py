@@ -20,7 +20,7 @@ from nanodmc.files import InputError, read_text, reason
 from nanodmc.locks import Lock
 from nanodmc.terminal import CountLine
 from nanodmc.tokenizer import Tokenizer
-from nanodmc.weights import OTHER_FILES, ZIP, plainly, what_is_wrong
+from nanodmc.weights import is_zip, plainly, what_is_wrong
 
 FILE = "model_optim_rng.pt"
 GIVE = "give a checkpoint as NVIDIA released it"
@@ -129,12 +129,7 @@ def read_part(file):
     become a Namespace and the known others are inert. Raises InputError for any further one.
     """
     try:
-        with file.open("rb") as f:
-            start = f.read(64)
-        for beginning, says in OTHER_FILES.items():
-            if start.lower().startswith(beginning):
-                raise InputError(f"{file} is {says}.")
-        if not start.startswith(ZIP):
+        if not is_zip(file):
             raise InputError(f"{file} is truncated or damaged, or not written by torch.save; fetch "
                              "it anew.")
         names = set(get_unsafe_globals_in_checkpoint(file)) - {"argparse.Namespace"}
@@ -188,7 +183,7 @@ def config_of(settings, vocab_size, source):
 
 def join(name, parts):
     """One tensor, from what the ranks of tensor parallelism have of it."""
-    if len(parts) == 1 or name.endswith("norm_weight") or name.endswith("layernorm.weight"):
+    if len(parts) == 1 or name.endswith(("norm_weight", "layernorm.weight")):
         return parts[0]
     if name.endswith("linear_fc1.weight"):               # gate and up, on each rank
         return torch.cat([half for pair in zip(*(w.chunk(2) for w in parts), strict=True)

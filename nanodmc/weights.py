@@ -71,6 +71,19 @@ OTHER_FILES = {         # how what is found in the place of weights begins, and 
 ZIP = b"PK\x03\x04"     # how torch.save's files begin, but for those of its old format
 
 
+def is_zip(file):
+    """Whether a file begins as torch.save's do.
+
+    Raises InputError for what is known to be no weights, and OSError where it cannot be read.
+    """
+    with file.open("rb") as f:
+        start = f.read(64)
+    for beginning, says in OTHER_FILES.items():
+        if start.lower().startswith(beginning):
+            raise InputError(f"{file} is {says}.")
+    return start.startswith(ZIP)
+
+
 def read_weights(file):
     """The tensors in a file, by name, and the config.json that `save` put in, or None.
 
@@ -78,16 +91,12 @@ def read_weights(file):
     Raises InputError for what cannot be read, is damaged, or holds more than weights.
     """
     try:
-        with file.open("rb") as f:
-            start = f.read(64)
-        for beginning, says in OTHER_FILES.items():
-            if start.lower().startswith(beginning):
-                raise InputError(f"{file} is {says}.")
+        zipped = is_zip(file)
         if file.suffix == ".safetensors":
             tensors, metadata = read_safetensors(file)
             return tensors, json.loads(metadata.get("config", "null"))
         tensors = torch.load(file, map_location="cpu", weights_only=True,       # no code
-                             mmap=start.startswith(ZIP))
+                             mmap=zipped)
     except InputError:
         raise
     except Exception as error:      # torch and safetensors raise many kinds
