@@ -210,7 +210,7 @@ class Engine:
         """The step as a CUDA graph. It runs once before, with all rows idle, to compile kernels."""
         kept = [(x, x.clone()) for x in (self.cache.ages, self.tokens)]
         self.cache.ages.fill_(-1)
-        self.cache.seen = [1] * len(self.cache.seen)      # a number at which rows are not sorted
+        self.cache.seen = [1] * len(self.cache.seen)      # at which work is not shared anew
         side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -4,8 +4,6 @@
 or between PyTorch's operations on a CPU. Names and shapes are those of dmc.py.
 """
 
-from __future__ import annotations  # kernels can be read, not run, where Triton is missing
-
 import math
 
 import torch

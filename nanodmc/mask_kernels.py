@@ -48,18 +48,16 @@ def mask_kernel(q, k, keep, cos, sin, q_masked, k_masked, diagonal, T, G, scale,
         c = tl.load(cos + at * HALF + d[None, :], mask=inside, other=0)
         s = tl.load(sin + at * HALF + d[None, :], mask=inside, other=0)
     k_at = b * k_b + g * k_h + at * k_t + d[None, :]
-    k_low, k_high = (tl.load(k + k_at, mask=inside, other=0),
-                     tl.load(k + k_at + HALF, mask=inside, other=0))
+    k_low, k_high = halves(k, 0, k_at, inside, HALF)
     if TURN:
-        k_low, k_high = turn(k_low.to(tl.float32), k_high.to(tl.float32), c, s, gain)
-        k_low, k_high = k_low.to(dtype), k_high.to(dtype)
+        k_low, k_high = turn(k_low, k_high, c, s, gain)
+    k_low, k_high = k_low.to(dtype), k_high.to(dtype)
     for r in range(R):
         q_at = b * q_b + (g * R + r) * q_h + at * q_t + d[None, :]
-        low, high = (tl.load(q + q_at, mask=inside, other=0),
-                     tl.load(q + q_at + HALF, mask=inside, other=0))
+        low, high = halves(q, 0, q_at, inside, HALF)
         if TURN:
-            low, high = turn(low.to(tl.float32), high.to(tl.float32), c, s, gain)
-            low, high = low.to(dtype), high.to(dtype)
+            low, high = turn(low, high, c, s, gain)
+        low, high = low.to(dtype), high.to(dtype)
         score = tl.sum(low.to(tl.float32) * k_low.to(tl.float32)
                        + high.to(tl.float32) * k_high.to(tl.float32), 1) * scale
         tl.store(diagonal + (row * R + r) * T + t, score, mask=t < T)
