@@ -57,6 +57,7 @@ class Config:
     window: int | None = 12      # w; None: the whole segment
     tau: float = 0.1
     c: float = 5.0               # large enough that an untrained model (logit 0) appends
+    control_pair: int = 0        # the rotary pair that has changed places with pair 0
 
     def __post_init__(self):
         if self.head_dim is None:
@@ -199,26 +200,24 @@ def scale_control(x, gain):
 # --------------------------------------------------------------------------- rotary embedding
 
 def rotary_frequencies(config, device=None):
-    """Radians per position, (D / 2,), in fp64.
+    """Radians per position of channels i and i + D/2, pair i: (D / 2,), in fp64.
 
     Models that were stretched to a longer context have slower ones. linear: all are divided by a
     factor. llama3: waves longer than original context / low_freq_factor are, those shorter than
-    original context / high_freq_factor are not, and in between the two are mixed. reversed: the
-    last pair of channels is the fastest, for a model whose control channel was its last one.
+    original context / high_freq_factor are not, and in between the two are mixed.
     """
     channel = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device)
     frequency = config.rope_theta ** (-channel / config.head_dim)
     scaling = config.rope_scaling or {}
-    if scaling.get("rope_type") == "reversed":
-        return frequency.flip(0)
     if scaling.get("rope_type") == "linear":
-        return frequency / scaling["factor"]
-    if scaling.get("rope_type") == "llama3":
+        frequency = frequency / scaling["factor"]
+    elif scaling.get("rope_type") == "llama3":
         context = scaling["original_max_position_embeddings"]
         waves = context * frequency / (2 * math.pi)                       # that fit into it
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         unchanged = ((waves - low) / (high - low)).clamp(0, 1)
-        return torch.lerp(frequency / scaling["factor"], frequency, unchanged)
+        frequency = torch.lerp(frequency / scaling["factor"], frequency, unchanged)
+    frequency[[0, config.control_pair]] = frequency[[config.control_pair, 0]]
     return frequency
 
 

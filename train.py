@@ -39,6 +39,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import dmc
+from nanodmc import control_pair
 from nanodmc.baselines import pooling_cache
 from nanodmc.checkpoint import load, random_model
 from nanodmc.cli import OPS, Parser, number, provenance, run_command
@@ -234,7 +235,11 @@ def build(run, phase):
     if phase.start is not None:
         run.check_weights(phase.start)
         own = (run.device, s.dtype) if run.ranks == 1 else (None, None)   # else layer by layer
-        model = load(run.out / phase.start, ops, *own, **s.method(phase.dmc))
+        choice = run.choice(lambda: choose_pair(run, phase)) if phase.chooses else None
+        moved = {"control_pair": choice.pair} if choice else {}
+        model = load(run.out / phase.start, ops, *own, **s.method(phase.dmc), **moved)
+        if choice:
+            control_pair.apply(choice, model)
         if phase.grouped > 1:
             model = group_heads(model, phase.grouped, ops)
     else:
@@ -242,6 +247,16 @@ def build(run, phase):
         model = (random_model(shape(s.init), ops, dtype=s.dtype) if s.init
                  else dmc.Transformer(s.small_config(), ops).to(s.dtype))
     return ready(model, s, run.device, run.recompute)
+
+
+def choose_pair(run, phase, tokens=8192):
+    """The Choice of the control channels, by the first tokens of the data that a phase reads."""
+    s = run.settings
+    plain = build(run, replace(run.phases[0], start=phase.start))
+    places = (divmod(row, s.batch) for row in range(-(-tokens // s.context)))
+    return control_pair.choose(plain, [
+        batch(run.train_tokens, s, phase.position + step, run.device, range(row, row + 1))[0]
+        for step, row in places])
 
 
 def teacher_of(run):

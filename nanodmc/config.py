@@ -32,7 +32,7 @@ UNSUPPORTED = {
     "attention_bias": "attention bias", "mlp_bias": "bias in its MLP",
     "quantization_config": "quantized weights", "num_local_experts": "a mixture of experts"}
 ROPE_NUMBERS = {                # what each type of rotary embedding needs
-    "default": (), "reversed": (), "linear": ("factor",),
+    "default": (), "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
 
 LLAMA2 = dict(vocab_size=32000, max_seq_len=4096, norm_eps=1e-5)
@@ -81,6 +81,7 @@ def checked_config(**values):
     if not config.tau > 0:
         raise InputError(f"tau is {config.tau}; a temperature is above 0.")
     check_rope(config)
+    check_control_pair(config)
     check_variant(config)
     return config
 
@@ -110,6 +111,15 @@ def check_rope(config):
                              f"give a number above 0, and at most {LARGEST:g}.")
 
 
+def check_control_pair(config):
+    """Raises InputError for a pair that no head has, or one of a plain Llama that moved."""
+    pairs = config.head_dim // 2
+    if not is_number(n := config.control_pair, 0, pairs - 1, int):
+        raise InputError(f"control_pair is {shown(n)}; give a whole number from 0 to {pairs - 1}.")
+    if n and not config.dmc:
+        raise InputError(f"control_pair is {n}, which a plain Llama cannot have; give 0.")
+
+
 def check_variant(config):
     """Raises InputError for a variant that nobody knows, or that lacks a number."""
     variant = getattr(config, "variant", "dmc")
@@ -137,7 +147,8 @@ def config_to_json(config, **facts):
     kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     if config.dmc:
         kind = {"architectures": ["DMCLlamaForCausalLM"], "model_type": MODEL_TYPE}
-        method = {"method": "dmc", "window": config.window, "tau": config.tau, "c": config.c}
+        method = {"method": "dmc", "window": config.window, "tau": config.tau, "c": config.c,
+                  "control_pair": config.control_pair}
         if isinstance(config, VariantConfig):
             method |= {"variant": config.variant, "every": config.every}
         facts = {"auto_map": AUTO_MAP, "tokenizer_class": "PreTrainedTokenizerFast",
@@ -187,7 +198,8 @@ def config_from_json(facts, source="config.json"):
                 "only dmc is known here.")
         if section:
             values |= {"window": as_whole(section["window"]), "tau": as_number(section["tau"]),
-                       "c": as_number(section["c"])}
+                       "c": as_number(section["c"]),
+                       "control_pair": as_whole(section.get("control_pair", 0))}
             if (variant := section.get("variant")) is not None:
                 values |= {"variant": variant, "every": as_whole(section.get("every"))}
         try:

@@ -8,6 +8,7 @@ settings beside the weights.
 
 import re
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 import dmc
 from nanodmc.checkpoint import check_weights, save
 from nanodmc.config import checked_config
+from nanodmc.control_pair import turned
 from nanodmc.files import InputError, read_text, reason
 from nanodmc.locks import Lock
 from nanodmc.terminal import CountLine
@@ -169,14 +171,15 @@ def config_of(settings, vocab_size, source):
     heads = has.get("num_attention_heads")
     groups = has.get("num_query_groups") if has.get("group_query_attention") else heads
     try:
-        return checked_config(
+        config = checked_config(
             vocab_size=vocab_size, n_layer=has.get("num_layers"), n_head=heads, n_kv_head=groups,
             dim=has.get("hidden_size"), ffn_dim=has.get("ffn_hidden_size"),
             head_dim=has.get("kv_channels"), max_seq_len=has.get("max_position_embeddings"),
             norm_eps=has.get("norm_epsilon", 1e-5), rope_theta=float(has.get("rotary_base", 10000)),
-            rope_scaling={"rope_type": "reversed"}, dmc=True, variant="nvidia",
+            dmc=True, variant="nvidia",
             window=has.get("dmc_window_size", 12) or None, tau=has.get("dmc_temp", 0.1),
             c=float(has.get("dmc_init_val", 5.0)))
+        return replace(config, control_pair=config.head_dim // 2 - 1)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
 
@@ -219,14 +222,10 @@ def renamed(theirs, config):
     return ours | theirs                # what is left over, check_weights refuses
 
 
-def last_channel_first(w):
-    """The rows w (..., D, dim) that make queries or keys, with channel D - 1 in the place of 0.
+def last_channel_first(rows):
+    """The rows (..., D, dim) that make queries or keys, with channel D - 1 in the place of 0.
 
-    Rotary embedding turns the pairs (i, i + D/2), each at a speed of its own. With the rows in
-    reverse order and the new second half negated, pair i is old pair D/2 - 1 - i, (a, b), as
-    (b, -a), which turns the same way. So scores stay what they were, if the speeds are reversed too
-    (rope_type "reversed" in dmc.rotary_frequencies).
+    It belongs to the last rotary pair, (a, b), as b. That pair changes places with pair 0 and is
+    turned by a right angle, to (b, -a), which is exact.
     """
-    w = w.flip(-2)
-    w[..., w.size(-2) // 2:, :].neg_()
-    return w
+    return turned(rows, rows.size(-2) // 2 - 1, cos=0, sin=1)

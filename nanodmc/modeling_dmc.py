@@ -46,7 +46,8 @@ class DMCLlamaConfig(PretrainedConfig):
             dim=self.hidden_size, ffn_dim=self.intermediate_size, head_dim=self.head_dim,
             norm_eps=self.rms_norm_eps, rope_theta=theta, rope_scaling=rope,
             max_seq_len=self.max_position_embeddings, tie_embeddings=self.tie_word_embeddings,
-            dmc=True, window=method["window"], tau=method["tau"], c=method["c"])
+            dmc=True, window=method["window"], tau=method["tau"], c=method["c"],
+            control_pair=method.get("control_pair", 0))
 
 
 def alike(padding):

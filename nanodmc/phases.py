@@ -20,6 +20,7 @@ class Phase:
     lr: float
     dmc: bool = True
     fade: bool = False               # Eq. 12
+    chooses: bool = False            # whether it begins with the choice of the control channels
     cr: tuple | None = None          # target CR before the first step and after the last
     keep: dict = field(default_factory=dict)    # steps done -> folder of the model kept then
     grouped: int = 1                 # of GQA: how many key-value heads become one at its beginning
@@ -85,7 +86,8 @@ def plan(s, given=None):
     else:
         rises = VARIANTS[s.variant].annealed
         phases += [
-            Phase("free", start, "freed", s.free_steps, free_at, 0, s.lr, fade=True, taught=taught),
+            Phase("free", start, "freed", s.free_steps, free_at, 0, s.lr, fade=True,
+                  chooses=s.choose_pair, taught=taught),
             Phase("retrofit", "freed", None, s.retrofit_steps, retrofit_at, 0, s.lr,
                   cr=(1.0 if rises else s.cr, s.cr), taught=taught,
                   keep={step: f"retrofit-{cr:g}" for cr, step in reach.items()})]

@@ -4,6 +4,7 @@ import json
 import zlib
 from pathlib import Path
 
+from nanodmc.control_pair import Choice
 from nanodmc.files import InputError, is_number, read_bytes, read_json, write_json
 
 FIGURES = {"loss", "cr", "heads"}
@@ -57,6 +58,18 @@ def read_figures(path, remedy="restore it from a copy"):
                     for row in heads)):
         raise damaged(path, "no figures", remedy)
     return record
+
+
+def read_choice(path, config, remedy):
+    """The Choice of the control channels of a model with this Config. Raises InputError."""
+    record = read_sealed(path, {"pair", "degrees"}, remedy=remedy)
+    pair, rows = record["pair"], record["degrees"]
+    if not (is_number(pair, 0, config.head_dim // 2 - 1, int) and isinstance(rows, list)
+            and len(rows) == config.n_layer and all(
+                isinstance(row, list) and len(row) == config.n_kv_head
+                and all(is_number(x, 0, 179, int) for x in row) for row in rows)):
+        raise damaged(path, "no choice for this model", remedy)
+    return Choice(pair, rows)
 
 
 def read_state(path, phases, remedy):

@@ -39,7 +39,7 @@ from nanodmc.parallel import (
     this_rank,
 )
 from nanodmc.phases import plan, starting_config
-from nanodmc.records import curve_until, read_figures, read_state, write_sealed
+from nanodmc.records import curve_until, read_choice, read_figures, read_state, write_sealed
 from nanodmc.settings import new_settings, read_run, resumed_settings
 from nanodmc.state import check_weights, load_tensors, save_tensors, whole_phases, writing
 from nanodmc.stopping import Stopped
@@ -97,6 +97,8 @@ class Run:
                                      "train_tokens": len(self.train_tokens), "text": self.key})
         if redo:
             self.write_json("state.json", self.saved)
+            if any(phase.chooses for phase in self.phases[self.saved["phase"]:]) and not self.rank:
+                (self.out / "control-pair.json").unlink(missing_ok=True)
         for name, line in {"run": str(self.out), **opening}.items():
             show(line, name)
         self.show_phases(resume)
@@ -192,6 +194,16 @@ class Run:
         """Raises InputError where the weights that an earlier phase left are not as saved."""
         if self.out / folder != Path(folder):           # a given model may have no checksum
             first_decides(lambda: check_weights(self.out / folder, ANEW))
+
+    def choice(self, make):
+        """The Choice of the control channels: what make() returns, the first time."""
+        path = self.out / "control-pair.json"
+        if not path.exists():
+            self.write_json(path.name, asdict(make()))
+            self.wait()
+        choice = read_choice(path, starting_config(self.settings, self.given), ANEW)
+        show(f"rotary pair {choice.pair} is freed of its first channel", "control")
+        return choice
 
     def load_state(self, model, optimizer):
         """Read the saved tensors into a model and its optimizer. Any number of ranks saved them."""

@@ -129,6 +129,10 @@ class Settings:
         "method", 0.0, "share of the objective, beside the compression loss, that is the KL "
         "divergence to the logits of the model before the retrofit; the LM loss has the rest",
         metavar="X")
+    choose_pair: bool = setting(
+        "method", False, "make the control channels of the rotary pair that scores miss least, "
+        "turned such that they miss channel 0 least, before it fades; the paper takes channel 0 "
+        "as it is", action="store_true")
     window: int = setting("method", 12, "w: tokens that an average covers at most; 0: the whole "
                           "segment")
     tau: float = setting("method", 0.2, "temperature of Eq. 8", 0.1)
@@ -167,7 +171,7 @@ class Settings:
             check_type(f, getattr(self, f.name))
         may_be_zero = {"seed", "micro_batch", "pretrain_steps", "channel_lr_factor", "cr_weight",
                        "window", "c", "warmup", "weight_decay", "random_weights", "control",
-                       "distill"}
+                       "distill", "choose_pair"}
         numbers = {f.name: getattr(self, f.name) for f in fields(self)
                    if isinstance(getattr(self, f.name), int | float)}
         for name, value in numbers.items():
@@ -254,9 +258,9 @@ PRESETS = {
     "llama2-7b": PAPER,
     "llama2-13b": PAPER,
     "llama2-70b": {**PAPER, "lr": 1.5e-5},
-    "few-tokens": {**PAPER, "context": 512, "batch": 4, "micro_batch": 4, "free_steps": 100,
-                   "retrofit_steps": 210, "solidify_steps": 50, "distill": 1.0, "tau": 0.5,
-                   "c": 3.0, "final_noise": 0.1, "cr_weight": 3.0, "lr": 2e-4,
+    "few-tokens": {**PAPER, "context": 512, "batch": 4, "micro_batch": 4, "free_steps": 20,
+                   "retrofit_steps": 210, "solidify_steps": 50, "distill": 1.0, "choose_pair": True,
+                   "tau": 0.5, "c": 3.0, "final_noise": 0.1, "cr_weight": 3.0, "lr": 2e-4,
                    "channel_lr_factor": 25.0, "eval_sequences": 64}}
 CHANGEABLE = {"lr", "clip", "save_every", "log_every", "solidify"}      # when a run is resumed
 
