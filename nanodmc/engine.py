@@ -10,6 +10,7 @@ import torch
 from dmc_fast import full_pages
 from nanodmc.baselines import paged_cache
 from nanodmc.files import InputError
+from nanodmc.launch import power_of_2
 from nanodmc.parallel import over_ranks, rank_count
 from nanodmc.sampling import NOT_NUMBERS, SETTINGS, likeliest, next_logits, sample
 
@@ -83,6 +84,16 @@ def checked_count(config, prompt, count):
             f"a prompt of {len(prompt)} tokens{more} does not fit the model's "
             f"{config.max_seq_len} positions; shorten the prompt or generate fewer tokens.")
     return count
+
+
+def limits_of(requests):
+    """The limits of `sample` for these requests, None where all take the likeliest token.
+
+    The first is rounded up to a power of 2, so that there are few of them: each has its own graph.
+    """
+    drawn = [r for r in requests if r.temperature > 0]
+    most = max([r.top_k for r in drawn], default=0)
+    return (power_of_2(most) if most else 0, any(r.top_p < 1 for r in drawn)) if drawn else None
 
 
 class Engine:
@@ -184,17 +195,17 @@ class Engine:
 
     # --- the device's side: nothing here waits
 
-    def _step(self, greedy):
+    def _step(self, limits):
         tokens = self.tokens.clamp(min=0)
         logits = next_logits(self.model, tokens, self.cache, self.gain)
-        self._choose(slice(None), logits, greedy)
+        self._choose(slice(None), logits, limits)
 
-    def _choose(self, rows, logits, greedy):
-        """The next token of each row, from logits (rows, vocab), and the report."""
+    def _choose(self, rows, logits, limits):
+        """The next token of each row, from logits (rows, vocab), and the report. limits: of all."""
         cache = self.cache
         position = cache.ages[0, rows, 0].long()
-        ids = likeliest(logits) if greedy else sample(
-            logits, *(x[rows] for x in self.settings), position)
+        ids = likeliest(logits) if limits is None else sample(
+            logits, *(x[rows] for x in self.settings), position, limits)
         self.tokens[rows].copy_(ids[:, None])
         pages = -(-cache.lengths // cache.page_size)
         may_need = (cache.lengths + 1) % cache.page_size <= 1
@@ -206,7 +217,7 @@ class Engine:
         # the largest of the rest, and one token for all, should ranks round differently
         self.tokens.copy_(over_ranks(self.report, "MAX")[0, :, None])
 
-    def _capture(self, greedy):
+    def _capture(self, limits):
         """The step as a CUDA graph. It runs once before, with all rows idle, to compile kernels."""
         kept = [(x, x.clone()) for x in (self.cache.ages, self.tokens)]
         self.cache.ages.fill_(-1)
@@ -214,11 +225,11 @@ class Engine:
         side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self._step(greedy)
+            self._step(limits)
         torch.cuda.current_stream().wait_stream(side)
         pool = next(iter(self.graphs.values())).pool() if self.graphs else None
         with torch.cuda.graph(graph, pool=pool):
-            self._step(greedy)
+            self._step(limits)
         for x, before in kept:
             x.copy_(before)
         return graph
@@ -234,15 +245,15 @@ class Engine:
         if self.steps % 64 == 0 or self.admitted:
             self.cache.share_work()
             self.admitted = False
-        greedy = all(seq.request.temperature == 0 for seq in self.running.values())
+        limits = limits_of([seq.request for seq in self.running.values()])
         if self.tokens.is_cuda and self.cache.kernels:
-            if greedy not in self.graphs:
-                self.graphs[greedy] = self._capture(greedy)
-            self.graphs[greedy].replay()
+            if limits not in self.graphs:
+                self.graphs[limits] = self._capture(limits)
+            self.graphs[limits].replay()
         else:
             longest = max(seq.fed for seq in self.running.values())
             self.cache.seen = [longest - 1] * len(self.cache.seen)
-            self._step(greedy)
+            self._step(limits)
         self.steps += 1
         self._post(self.running)
         return True
@@ -258,7 +269,7 @@ class Engine:
         if self.tokens.is_cuda:
             tokens = tokens.pin_memory().to(self.tokens.device, non_blocking=True)
         logits = next_logits(self.model, tokens, self.cache.admit(rows), self.gain)
-        self._choose(rows, logits, seq.request.temperature == 0)
+        self._choose(rows, logits, limits_of([seq.request]))
         self._post([row])
 
     def _post(self, rows):

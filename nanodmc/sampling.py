@@ -46,35 +46,79 @@ def likeliest(logits):
     return logits.argmax(-1).masked_fill(logits.isnan().any(-1), -1)
 
 
-def sample(logits, temperature, top_k, top_p, seed, position):
+def rising(logits):
+    """Whole numbers, int32, in the order of the logits, and how many bits they have."""
+    bits = (logits.float() + 0.0).view(torch.int32)       # + 0.0, as -0.0 equals it
+    key = bits ^ (bits >> 31 & 0x7fffffff)
+    return (key >> 16, 16) if logits.dtype == torch.bfloat16 else (key, 32)
+
+
+def threshold(key, bits, weight, goal):
+    """The largest number such that the tokens whose key is not below it reach `goal`: (B, 1).
+
+    Found bit by bit, without a sort. key, weight (B, vocab); goal (B, 1).
+    """
+    least = torch.full_like(key[:, :1], -2 ** (bits - 1))
+    for bit in reversed(range(bits)):
+        higher = least + (2 ** bit if bit < 31 else -2 ** 31)            # which is 0 then
+        enough = (weight * (key >= higher)).sum(-1, keepdim=True) >= goal
+        least = torch.where(enough, higher, least)
+    return least
+
+
+def reaching(key, least, weight, goal):
+    """Of the tokens whose key is not below the threshold of `goal`, those that it takes: bool.
+
+    Equal ones count from the first on.
+    """
+    above, equal = weight * (key > least), weight * (key == least)
+    missing = goal - above.sum(-1, keepdim=True)
+    return (key > least) | (key == least) & (equal.cumsum(-1) - equal < missing)
+
+
+def sample(logits, temperature, top_k, top_p, seed, position, limits=None):
     """Tokens (B,) from logits (B, vocab), each row by its own settings (B,); -1 if any is NaN.
 
     temperature 0 takes the likeliest token. top_k keeps the k likeliest, 0 all of them. top_p keeps
-    the smallest set of likeliest tokens whose probabilities reach p. The draw depends only on seed
-    and position, that of the new token in its sequence. Never waits for a GPU.
+    the smallest set of likeliest tokens whose probabilities reach p, 1 all of them. limits, which
+    save time: no top_k is above the first, and any top_p is below 1 only if the second is true. The
+    draw depends only on seed and position, that of the new token in its sequence. Never waits for a
+    GPU.
 
     Probabilities are summed in fp64, because the order of a sum may depend on the batch: in fp64
     the difference is too small to move a choice.
     """
-    ordered, ids = logits.sort(descending=True, stable=True)
-    ordered = ordered.double()
-    ordered = (ordered - ordered[:, :1]) / temperature[:, None].clamp(min=1e-30)
-    rank, top_k = torch.arange(ordered.size(1), device=logits.device), top_k[:, None]
-    p = ordered.masked_fill_((rank >= top_k) & (top_k > 0), -torch.inf).softmax(-1)
+    vocab = logits.size(-1)
+    most, nucleus = (vocab, True) if limits is None else limits
+    key, bits = rising(logits)
+    scores = logits.double()
+    scores = (scores - scores.amax(-1, keepdim=True)) / temperature[:, None].clamp(min=1e-30)
+    if most:
+        goal = top_k[:, None].clamp(1, min(most, vocab))
+        least = key.topk(min(most, vocab)).values.gather(-1, goal - 1)
+        kept = reaching(key, least, torch.ones_like(scores), goal) | (top_k == 0)[:, None]
+        scores = scores.masked_fill(~kept, -torch.inf)
+    p = scores.softmax(-1)
+    if nucleus:
+        goal = top_p[:, None].clamp(min=1e-300)                          # the likeliest at least
+        kept = reaching(key, threshold(key, bits, p, goal), p, goal) | (top_p >= 1)[:, None]
+        p = p.masked_fill(~kept, 0)
     reached = p.cumsum(-1)
-    allowed = (reached - p < top_p[:, None]).sum(-1, keepdim=True).clamp(min=1)   # 1 for top_p 0
-    goal = uniform(seed, position)[:, None] * reached.gather(-1, allowed - 1)
-    drawn = ids.gather(-1, (reached <= goal).sum(-1, keepdim=True).minimum(allowed - 1))[:, 0]
-    first = likeliest(logits)
-    return torch.where((temperature == 0) | (first < 0), first, drawn)
+    total = reached[:, -1:]
+    below = total.nextafter(torch.zeros_like(total))
+    goal = (uniform(seed, position)[:, None] * total).minimum(below)
+    drawn, first = (reached <= goal).sum(-1).clamp(max=vocab - 1), likeliest(logits)
+    certain = (temperature == 0) | (first < 0) | total[:, 0].isnan()     # the last: a score is inf
+    return torch.where(certain, first, drawn)
 
 
 def chooser(**settings):
     """The function choose(logits (vocab,), position) -> token that samples with these SETTINGS."""
+    limits = settings["top_k"], settings["top_p"] < 1
     settings = [torch.tensor([settings[name]], dtype=dtype) for name, dtype in SETTINGS.items()]
 
     def choose(logits, position):
-        token = sample(logits[None], *settings, torch.tensor([position])).item()
+        token = sample(logits[None], *settings, torch.tensor([position]), limits).item()
         if token < 0:
             raise InputError(NOT_NUMBERS)
         return token

@@ -264,14 +264,13 @@ def test_graphs_replay_what_the_step_does_on_a_gpu(greedy):
             engine.cache.seen = [1] * len(engine.cache.seen)
             engine._step(kind)
 
-        for kind in (True, False):
-            with torch.no_grad():
-                engine.graphs[kind] = engine._capture(kind) if not eager else (
-                    types.SimpleNamespace(replay=lambda kind=kind, step=step: step(kind)))
+        if eager:
+            engine._capture = lambda kind, step=step: types.SimpleNamespace(
+                replay=lambda: step(kind))
         requests = requests_of(1, 8)
         for request in requests:
             request.temperature *= not greedy
-        list(engine.run(requests))                               # compiles the prefill's kernels
+        list(engine.run(requests))                               # compiles kernels, and captures
         results.append({})
         for request in requests:
             engine.submit(request)
@@ -342,15 +341,15 @@ def no_kernels_run(monkeypatch):
 
 
 @on_cpu
-@pytest.mark.parametrize("greedy", [True, False])
+@pytest.mark.parametrize("limits", [None, (0, False), (8, True)])
 @pytest.mark.parametrize("gain,window", [(None, 12), (None, None), (0.0, 12)])
-def test_a_step_has_no_operator_that_waits(one_thread, no_kernels_run, greedy, gain, window):
+def test_a_step_has_no_operator_that_waits(one_thread, no_kernels_run, limits, gain, window):
     """All that PyTorch does in a step beside the kernels; also where the host's side of it acts."""
     engine = Engine(model_of(0, (4, 2), window, dmc_fast).float(), 3, 60, gain=gain)
     assert engine.cache.kernels
     engine.cache.ages[:, :2], engine.cache.lengths[:, :2] = 5, 3
     with torch.no_grad(), NeverWaits() as mode:
-        engine._step(greedy)
+        engine._step(limits)
         engine.cache.share_work()
         engine.cache.release(slice(0, 1))
     assert mode.operators > 50
@@ -373,13 +372,13 @@ class OnFakeGpu(Engine):
 
     captured = 0
 
-    def _capture(self, greedy):
+    def _capture(self, limits):
         self.captured += 1
 
         def replay():
             self.cache.seen = [1] * len(self.cache.seen)
             with NeverWaits():
-                self._step(greedy)
+                self._step(limits)
         return types.SimpleNamespace(replay=replay)
 
     def _post(self, rows):
@@ -438,7 +437,7 @@ def test_only_a_step_of_kernels_is_captured(monkeypatch, on_fake_gpu, dtype, D, 
     engine._step, engine._post = steps.append, lambda rows: None
     engine.running[0] = Sequence(Request([1], 5), 5, tokens=[1], fed=1)
     engine._launch()
-    assert engine.cache.kernels == captured == bool(engine.captured) and steps == [True]
+    assert engine.cache.kernels == captured == bool(engine.captured) and steps == [None]
     assert captured or engine.cache.seen == [1, 1]               # as long as the longest sequence
 
 

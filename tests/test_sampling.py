@@ -75,7 +75,7 @@ def test_sampling_filters():
 
 
 def literal_distribution(logits, temperature, top_k, top_p):
-    """The tokens that may fall, likeliest first, and their probabilities: {id: probability}."""
+    """The tokens that may fall, in the order of ids, and their probabilities: {id: probability}."""
     order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[:top_k or None]
     weights = [math.exp((logits[i] - max(logits)) / temperature) for i in order]
     kept, reached = {}, 0.0
@@ -84,7 +84,7 @@ def literal_distribution(logits, temperature, top_k, top_p):
             break
         kept[i] = weight / sum(weights)
         reached += kept[i]
-    return {i: share / reached for i, share in kept.items()}
+    return {i: kept[i] / reached for i in sorted(kept)}
 
 
 @given(seeds, st.integers(0, 10), st.floats(0.0, 1.0, allow_subnormal=False),
@@ -112,10 +112,35 @@ def test_a_batch_is_sampled_as_its_rows_are(seed, top_k, top_p, temperature, fir
         else:
             assert ids[i] in p
             assert below[ids[i]] - 1e-9 <= u[i] <= below[ids[i]] + p[ids[i]] + 1e-9
-        alone = (x[i:i + 1] for x in (logits, *columns, position))
-        assert ids[i] == sampling.sample(*alone).item()
+        alone = [x[i:i + 1] for x in (logits, *columns, position)]
+        for limits in (None, (top_k, top_p < 1), (16, True)):
+            assert ids[i] == sampling.sample(*alone, limits).item()
     with pytest.raises(InputError, match="not numbers"):
         sampling.chooser(temperature=1.0, top_k=0, top_p=1.0, seed=0)(logits[7], 1)
+
+
+@given(seeds, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_keys_are_in_the_order_of_the_logits(seed, dtype):
+    torch.manual_seed(seed)
+    x = torch.cat([torch.randn(40) * 10.0 ** torch.randint(-35, 38, (40,)), torch.tensor(
+        [0.0, -0.0, torch.inf, -torch.inf])]).to(dtype)
+    key, bits = sampling.rising(x)
+    assert torch.equal(key[:, None] < key, x[:, None] < x)
+    assert ((-2 ** (bits - 1) <= key.long()) & (key.long() < 2 ** (bits - 1))).all()
+
+
+@given(seeds, st.sampled_from([torch.float32, torch.bfloat16]), st.floats(0.01, 1.0))
+def test_a_threshold_is_that_of_a_sort(seed, dtype, goal):
+    torch.manual_seed(seed)
+    x = (4 * torch.randn(5, 50)).to(dtype)
+    p, goal = x.double().softmax(-1), torch.full((5, 1), goal, dtype=torch.float64)
+    key, bits = sampling.rising(x)
+    kept = sampling.reaching(key, sampling.threshold(key, bits, p, goal), p, goal)
+    ordered, ids = x.sort(descending=True, stable=True)
+    sums = p.gather(-1, ids).cumsum(-1)
+    count = (sums < goal - 1e-12).sum(-1, keepdim=True) + 1
+    rank = ids.argsort(-1)
+    assert torch.equal(kept, rank < count)
 
 
 def test_random_numbers_are_uniform_and_independent():
