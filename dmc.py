@@ -217,7 +217,8 @@ def rotary_frequencies(config, device=None):
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         unchanged = ((waves - low) / (high - low)).clamp(0, 1)
         frequency = torch.lerp(frequency / scaling["factor"], frequency, unchanged)
-    frequency[[0, config.control_pair]] = frequency[[config.control_pair, 0]]
+    pair = config.control_pair
+    frequency[0], frequency[pair] = frequency[pair].clone(), frequency[0].clone()
     return frequency
 
 

@@ -49,13 +49,12 @@ from nanodmc.files import InputError, write_json
 from nanodmc.losses import language_loss, taught_loss
 from nanodmc.optim import (
     before_training,
-    compile_parts,
     fitted,
     flops_per_token,
     flops_share,
     new_optimizer,
     peak_memory,
-    recompute_layers,
+    ready,
     release,
 )
 from nanodmc.parallel import (
@@ -64,7 +63,6 @@ from nanodmc.parallel import (
     mean,
     passes_per_step,
     rank_count,
-    share_out,
     this_rank,
 )
 from nanodmc.phases import Phase
@@ -73,7 +71,7 @@ from nanodmc.runs import open_run
 from nanodmc.settings import PRESETS, add_flags, new_settings, ratios
 from nanodmc.stopping import Stopped, end_at_signals, heeded
 from nanodmc.tables import averaged, show
-from nanodmc.text import batch
+from nanodmc.text import batch, first_sequences
 from nanodmc.variants import VARIANTS, compression_term, group_heads
 
 interrupts.catch()
@@ -97,8 +95,7 @@ def train_phase(run, index):
     optimizer = new_optimizer(model, s, passes_per_step(s))
     if run.saved["tensors"]:
         run.load_state(model, optimizer)
-    if run.metrics is None:             # only now is it sure that the run can go on from here
-        run.open_metrics(index, step)
+    run.metrics.open(index, step)       # only now is it sure that the run can go on from here
     while step < phase.steps:
         began = time.perf_counter()
         try:
@@ -113,7 +110,7 @@ def train_phase(run, index):
                 f"data; the last good state, before step {run.saved['step']} of "
                 f"{run.phases[run.saved['phase']].name}, is kept: --resume with a lower --lr or "
                 "--clip.") from None
-        run.record(index, step, figures, time.perf_counter() - began)
+        run.metrics.record(index, step, figures, time.perf_counter() - began)
         step += 1
         if step in phase.keep:
             run.save_model(model, phase.keep[step], phase=phase.name,
@@ -249,33 +246,16 @@ def build(run, phase):
     return ready(model, s, run.device, run.recompute)
 
 
-def choose_pair(run, phase, tokens=8192):
-    """The Choice of the control channels, by the first tokens of the data that a phase reads."""
-    s = run.settings
+def choose_pair(run, phase):
+    """The Choice of the control channels, by the first tokens that a phase reads."""
     plain = build(run, replace(run.phases[0], start=phase.start))
-    places = (divmod(row, s.batch) for row in range(-(-tokens // s.context)))
-    return control_pair.choose(plain, [
-        batch(run.train_tokens, s, phase.position + step, run.device, range(row, row + 1))[0]
-        for step, row in places])
+    return control_pair.choose(plain, first_sequences(
+        run.train_tokens, run.settings, phase.position, run.device))
 
 
 def teacher_of(run):
     """The model before its retrofit, whose logits are what a taught phase aims at."""
     return build(run, replace(run.phases[0], start=run.phases[1].start))
-
-
-def ready(model, s, device, recompute):
-    """The model on its device, or its share where there are several ranks, ready to train.
-
-    recompute: keep only the layers' inputs for the backward pass. On a GPU, what lies between the
-    matrix products is compiled.
-    """
-    if recompute:
-        recompute_layers(model)
-    model = model.to(device) if rank_count() == 1 else share_out(model, s.dtype, device)
-    if next(model.parameters()).is_cuda:
-        compile_parts(model)
-    return model
 
 
 def passes(run, index, step):

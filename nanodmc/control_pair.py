@@ -57,7 +57,7 @@ def apply(choice, model):
     angles = torch.tensor(choice.degrees, dtype=torch.float64).deg2rad()          # (L, G)
     for layer, angle in zip(model.layers, angles, strict=True):
         for proj in (layer.self_attn.q_proj, layer.self_attn.k_proj):
-            rows = proj.weight.unflatten(0, (G, -1, D))             # heads with their key-value head
+            rows = proj.weight.unflatten(0, (G, -1, D))      # heads behind their key-value head
             rows = turned(rows, choice.pair, angle.cos()[:, None], angle.sin()[:, None])
             proj.weight = torch.nn.Parameter(rows.flatten(0, 2))
 
@@ -101,8 +101,8 @@ def measure(model, sequences):
         model.hidden(x)
     for hook in hooks:
         hook.remove()
-    (q, _), (k, k_mean) = ([torch.stack(x).unflatten(0, (len(sequences), -1)).mean(0).transpose(0, 1)
-                            for x in zip(*sums, strict=True)] for sums in seen)
+    mean = lambda x: torch.stack(x).unflatten(0, (len(sequences), -1)).mean(0).transpose(0, 1)
+    (q, _), (k, k_mean) = ([mean(x) for x in zip(*sums, strict=True)] for sums in seen)
     return q, k - k_mean[..., None] * k_mean[..., None, :]
 
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from dmc import Transformer
 from nanodmc.files import InputError, read_lines
 from nanodmc.losses import BLOCK
-from nanodmc.parallel import local, over_ranks
+from nanodmc.parallel import local, over_ranks, rank_count, share_out
 
 CHUNK = {"cuda": 2 ** 24, "cpu": 2 ** 20}   # parameters at a time: temporaries fit a CPU's caches
 ROOM = 0.75              # of the memory, that a plan without recomputation may take
@@ -74,6 +74,20 @@ def compile_parts(model, backend="inductor"):
             if forward not in compiled:
                 compiled[forward] = torch.compile(forward, backend=backend)
             part.forward = partial(call_on, weakref.ref(part), compiled[forward])
+
+
+def ready(model, s, device, recompute):
+    """The model on its device, or its share where there are several ranks, ready to train.
+
+    recompute: keep only the layers' inputs for the backward pass. On a GPU, what lies between the
+    matrix products is compiled.
+    """
+    if recompute:
+        recompute_layers(model)
+    model = model.to(device) if rank_count() == 1 else share_out(model, s.dtype, device)
+    if next(model.parameters()).is_cuda:
+        compile_parts(model)
+    return model
 
 
 def call_on(reference, function, *inputs):

@@ -7,6 +7,7 @@ from pathlib import Path
 from nanodmc.control_pair import Choice
 from nanodmc.files import InputError, is_number, read_bytes, read_json, write_json
 
+CHOICE = "control-pair.json"
 FIGURES = {"loss", "cr", "heads"}
 STATE = {"phase", "step", "seconds", "tensors"}
 
@@ -60,8 +61,9 @@ def read_figures(path, remedy="restore it from a copy"):
     return record
 
 
-def read_choice(path, config, remedy):
+def read_choice(folder, config, remedy):
     """The Choice of the control channels of a model with this Config. Raises InputError."""
+    path = folder / CHOICE
     record = read_sealed(path, {"pair", "degrees"}, remedy=remedy)
     pair, rows = record["pair"], record["degrees"]
     if not (is_number(pair, 0, config.head_dim // 2 - 1, int) and isinstance(rows, list)

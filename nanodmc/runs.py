@@ -5,15 +5,11 @@ folder of tensors (what --resume needs), a folder of weights per model with its 
 `summary.json` (the final table).
 """
 
-import json
-import os
 import shutil
 import time
-import zlib
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -21,15 +17,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nanodmc.checkpoint import locate, remove_leftovers, runs_by_number, save
 from nanodmc.claim import Claim
 from nanodmc.cli import provenance, typed
-from nanodmc.files import InputError, listed, write_atomically, write_json
-from nanodmc.optim import (
-    fitted,
-    flops_per_token,
-    flops_share,
-    parameter_count,
-    peak_memory,
-    states,
-)
+from nanodmc.files import InputError, listed, write_json
+from nanodmc.metrics import Metrics
+from nanodmc.optim import fitted, parameter_count, states
 from nanodmc.parallel import (
     device_of_this_process,
     first_decides,
@@ -39,11 +29,17 @@ from nanodmc.parallel import (
     this_rank,
 )
 from nanodmc.phases import plan, starting_config
-from nanodmc.records import curve_until, read_choice, read_figures, read_state, write_sealed
+from nanodmc.records import (
+    CHOICE,
+    read_choice,
+    read_figures,
+    read_state,
+    write_sealed,
+)
 from nanodmc.settings import new_settings, read_run, resumed_settings
 from nanodmc.state import check_weights, load_tensors, save_tensors, whole_phases, writing
 from nanodmc.stopping import Stopped
-from nanodmc.tables import LOG_HEAD, Pace, heat_map, log_line, show, table
+from nanodmc.tables import heat_map, show, table
 from nanodmc.text import load_data
 from nanodmc.tokenizer import Tokenizer
 
@@ -67,10 +63,6 @@ class Run:
         self.rank, self.ranks = this_rank(), rank_count()
         self.started = time.perf_counter()
         self.stop = False                 # whether a signal asked the run to end
-        self.metrics = None               # metrics.jsonl, once it is open
-        self.curve = 0                    # CRC-32 of its lines
-        self.pace = Pace()
-        self.recent, self.shown = [], 0   # losses since the last regular line; lines so far
         before = read_run(self.out)["text"] if resume else None
         self.device = device_of_this_process()
         self.given = None                 # the folder of the checkpoint to start from
@@ -89,16 +81,16 @@ class Run:
         elif resume and (self.out / "state.json").exists():
             self.saved = read_state(self.out / "state.json", self.phases, ANEW)
         self.seconds_before = self.saved["seconds"]
-        self.past = None                  # on the first rank: what led to it, text and entries
-        first_decides(self.read_curve)
+        self.metrics = Metrics(self.out, settings, self.phases, self.given)
+        first_decides(lambda: self.metrics.read(self.saved, ANEW))
         self.wait()
         self.tidy()
         self.write_json("run.json", {"settings": asdict(settings),
                                      "train_tokens": len(self.train_tokens), "text": self.key})
         if redo:
             self.write_json("state.json", self.saved)
-            if any(phase.chooses for phase in self.phases[self.saved["phase"]:]) and not self.rank:
-                (self.out / "control-pair.json").unlink(missing_ok=True)
+            if self.rank == 0 and any(p.chooses for p in self.phases[self.saved["phase"]:]):
+                (self.out / CHOICE).unlink(missing_ok=True)
         for name, line in {"run": str(self.out), **opening}.items():
             show(line, name)
         self.show_phases(resume)
@@ -112,7 +104,6 @@ class Run:
         if s.batch % (self.ranks * (s.micro_batch or 1)):
             raise InputError(f"--batch {s.batch} cannot be shared by {self.ranks} cards with "
                              f"--micro-batch {s.micro_batch}; choose a multiple.")
-        self.flops = flops_per_token(config, s.context)
         self.recompute, planned = fitted(config, s, memory, self.ranks)
         self.tokenizer = Tokenizer.from_folder(self.given) if self.given else Tokenizer.bytes()
         return {
@@ -166,8 +157,7 @@ class Run:
         return self
 
     def __exit__(self, *_):
-        if self.metrics is not None:
-            self.metrics.close()
+        self.metrics.close()
         self.claim.release()
 
     # ------------------------------------------------------------------------ files and the state
@@ -184,12 +174,6 @@ class Run:
             for folder in (self.out, *(path for path in below if not path.is_symlink())):
                 remove_leftovers(folder)
 
-    def read_curve(self):
-        """Read the part of metrics.jsonl that led to the saved state."""
-        s = self.saved
-        self.past = curve_until(self.out / "metrics.jsonl", self.phases, s["phase"], s["step"],
-                                ANEW, s["curve"])
-
     def check_weights(self, folder):
         """Raises InputError where the weights that an earlier phase left are not as saved."""
         if self.out / folder != Path(folder):           # a given model may have no checksum
@@ -197,12 +181,11 @@ class Run:
 
     def choice(self, make):
         """The Choice of the control channels: what make() returns, the first time."""
-        path = self.out / "control-pair.json"
-        if not path.exists():
-            self.write_json(path.name, asdict(make()))
+        if not (self.out / CHOICE).exists():
+            self.write_json(CHOICE, asdict(make()))
             self.wait()
-        choice = read_choice(path, starting_config(self.settings, self.given), ANEW)
-        show(f"rotary pair {choice.pair} is freed of its first channel", "control")
+        choice = read_choice(self.out, starting_config(self.settings, self.given), ANEW)
+        show(f"rotary pair {choice.pair} is freed of one channel", "control")
         return choice
 
     def load_state(self, model, optimizer):
@@ -228,10 +211,9 @@ class Run:
                 except (Exception, CheckpointException):
                     shutil.rmtree(self.out / name, ignore_errors=True)
                     raise
-            if self.rank == 0:                # the curve is on disk before the state it leads to
-                os.fsync(self.metrics.fileno())
+            self.metrics.flush()              # on disk before the state that it leads to
         self.saved = {"phase": index, "step": step, "seconds": self.seconds(), "tensors": name,
-                      "files": files, "curve": self.curve}
+                      "files": files, "curve": self.metrics.checksum}
         self.write_json("state.json", self.saved)
         self.remove_states()
         self.wait()
@@ -271,66 +253,10 @@ class Run:
         print(f"\n{facts['seconds']:.0f} s. Everything is in {self.out}. Next:\n"
               f"    {typed('generate.py', '--ckpt', self.out)}")
 
-    # ------------------------------------------------------------------------ metrics and progress
-
-    def open_metrics(self, index, step):
-        """Open metrics.jsonl to append to, without the lines of steps that are trained again."""
-        if self.rank:
-            self.metrics = Path(os.devnull).open("a")  # noqa: SIM115 - closed with the run
-            return
-        path = self.out / "metrics.jsonl"
-        (text, entries), self.past = self.past, None
-        last_shown = step - step % self.settings.log_every
-        self.recent = [e["loss"] for e in entries
-                       if e["index"] == index and e["step"] >= last_shown]
-        write_atomically(path, lambda f: f.write_text(text))
-        self.curve = zlib.crc32(text.encode())
-        self.metrics = path.open("a", buffering=1)  # noqa: SIM115
-
-    def record(self, index, step, figures, seconds):
-        """A line of metrics.jsonl for a step that took so many seconds; some also on the screen.
-
-        figures: of the step: loss, kl, cr and heads.
-        """
-        loss, kl, cr, heads = figures
-        phase, s = self.phases[index], self.settings
-        self.pace.add(phase.dmc, seconds)
-        speed = s.batch * s.context / self.pace.per_step(phase.dmc)
-        last = step + 1 == phase.steps
-        entry = {"index": index, "phase": phase.name, "step": step, "loss": loss,
-                 "target_cr": phase.target(step), "cr": cr,
-                 "lr": phase.learning_rate(step, s.warmup), "tokens_per_second": round(speed),
-                 "mfu": flops_share(speed * self.flops / self.ranks),
-                 "peak_gb": round(peak_memory() / 1e9, 2)}
-        if kl is not None:
-            entry["kl"] = kl
-        if heads and (step + 1 in phase.keep or step % s.log_every == 0 or last):
-            entry["heads"] = [[round(cr, 3) for cr in layer] for layer in heads]
-        with writing(self.out):
-            line = json.dumps(entry) + "\n"
-            self.metrics.write(line)
-            self.curve = zlib.crc32(line.encode(), self.curve)
-        self.recent.append(loss)
-        regular = last or (step + 1) % s.log_every == 0
-        if regular or self.shown == 0:        # something appears after the first step already
-            if self.shown % 25 == 0:
-                print(LOG_HEAD)
-            loss = float(np.mean(self.recent))
-            print(log_line(phase, entry, loss, self.seconds_left(index, step)), flush=True)
-            self.shown += 1
-        if regular:
-            self.recent = []
-
     def seconds(self):
         """How long the run has taken, over all sittings."""
         return self.seconds_before + time.perf_counter() - self.started
 
-    def seconds_left(self, index, step):
-        """What the present pace promises for the steps after this one, or None."""
-        left = {True: 0, False: 0}
-        for i, phase in enumerate(self.phases[index:]):
-            left[phase.dmc] += phase.steps - (0 if i else step + 1)
-        return self.pace.left(left)
 
 
 def open_run(given, options):

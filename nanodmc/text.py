@@ -219,6 +219,14 @@ def shuffled(seed, epoch, n):
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
+def first_sequences(tokens, settings, position, device, count=8192):
+    """At least `count` tokens, in sequences (1, T), from the batch at a position of the data on."""
+    T, size = settings.context, settings.batch
+    places = (divmod(row, size) for row in range(-(-count // T)))
+    return [batch(tokens, settings, position + step, device, range(row, row + 1))[0]
+            for step, row in places]
+
+
 def batch(tokens, settings, position, device, rows=None):
     """The batch at a position of the data, the same for every model that gets there.
 

@@ -145,7 +145,7 @@ def test_a_run_that_chooses_goes_on_with_its_choice(tmp_path, text, monkeypatch,
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train.main(["--out", str(whole), "--data", text, *TINY, *CHOOSING]) == 0
     kept = json.loads((whole / "control-pair.json").read_text())
-    assert f"rotary pair {kept['pair']} is freed" in capsys.readouterr().out
+    assert f"rotary pair {kept['pair']} is freed of one" in capsys.readouterr().out
     for folder in ("freed", "cr3"):
         assert checkpoint.load(whole / folder).config.control_pair == kept["pair"]
     stop = lambda model: os.kill(os.getpid(), signal.SIGINT)
