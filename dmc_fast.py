@@ -258,12 +258,12 @@ def merged(average, at, live, share, new, new_share):
 
 
 @jit
-def step_kernel(q, k, v, alpha, omega, cos, sin, q_turned, pool_k, pool_v, table, lengths, ages,
+def step_kernel(q, k, v, alpha, omega, c, cos, sin, q_turned, pool_k, pool_v, table, lengths, ages,
                 open_k, open_v, open_omega, free, left, failed, G, pages_per_row,
                 q_stride_b, q_stride_h, k_stride_b, k_stride_h, v_stride_b, v_stride_h,
                 R: tl.constexpr, HALF: tl.constexpr, W: tl.constexpr, W_PAD: tl.constexpr,
                 PAGE: tl.constexpr, WINDOWED: tl.constexpr, DECIDES: tl.constexpr,
-                CONTROL_GAIN: tl.constexpr):
+                TOLD: tl.constexpr, CONTROL_GAIN: tl.constexpr):
     """Algorithm 1 for one token of one (sequence, key-value head): merge or append, rotate, write.
 
     One program per head, so that the whole state of a head has one owner. Only the free list is
@@ -271,17 +271,19 @@ def step_kernel(q, k, v, alpha, omega, cos, sin, q_turned, pool_k, pool_v, table
     of vectors, and 4 D per token of the open segment, where attention then reads 4 D per slot. So
     the step is short, and what matters is that it is one launch. The ring's new entry is taken
     from the arguments, never read back, and every thread has read the state before one writes it.
+    TOLD: alpha and omega are given, and not made here as dmc.decide makes them.
     """
     row = tl.program_id(0).to(tl.int64)
     b, g, h, D = row // G, row % G, tl.arange(0, HALF), 2 * HALF
     length, age = tl.load(lengths + row), tl.load(ages + row)
     if age >= 0:                                                 # a released row does nothing
-        c, s = tl.load(cos + age * HALF + h), tl.load(sin + age * HALF + h)
-        gain = tl.where(h == 0, CONTROL_GAIN, 1.0)
+        x, y = tl.load(cos + age * HALF + h), tl.load(sin + age * HALF + h)   # of the angles
+        gain, logits = tl.where(h == 0, CONTROL_GAIN, 1.0), 0.0
         for r in range(R):
             query = q + b * q_stride_b + (g * R + r) * q_stride_h + h
             low, high = tl.load(query).to(tl.float32), tl.load(query + HALF).to(tl.float32)
-            low, high = turn(low, high, c, s, gain)
+            logits += tl.sum(tl.where(h == 0, low, 0.0), 0)
+            low, high = turn(low, high, x, y, gain)
             tl.store(q_turned + (row * R + r) * D + h, low)
             tl.store(q_turned + (row * R + r) * D + HALF + h, high)
         key = k + b * k_stride_b + g * k_stride_h + h
@@ -290,9 +292,14 @@ def step_kernel(q, k, v, alpha, omega, cos, sin, q_turned, pool_k, pool_v, table
         v_low, v_high = tl.load(value).to(tl.float32), tl.load(value + HALF).to(tl.float32)
         slot = length
         if DECIDES:
-            merge = (tl.load(alpha + row) > 0.5) & (length > 0)
+            if TOLD:
+                merge, weight = tl.load(alpha + row) > 0.5, tl.load(omega + row)
+            else:
+                merge = tl.sum(tl.where(h == 0, k_low, 0.0), 0) > c
+                weight = tl.sigmoid(tl.maximum(logits / R, -30.0))
+            merge = merge & (length > 0)
             slot = tl.where(merge, length - 1, length)
-            weight, n, now = tl.load(omega + row), tl.arange(0, W_PAD), age % W
+            n, now = tl.arange(0, W_PAD), age % W
             kept = n < tl.where(merge, W, 0)                     # a new segment forgets the old one
             if WINDOWED:
                 kept = kept & (n != now)                         # the oldest token makes room
@@ -330,7 +337,7 @@ def step_kernel(q, k, v, alpha, omega, cos, sin, q_turned, pool_k, pool_v, table
             tl.store(entry, page)
         dtype = pool_k.dtype.element_ty
         low, high = k_low.to(dtype).to(tl.float32), k_high.to(dtype).to(tl.float32)
-        low, high = turn(low, high, c, s, gain)
+        low, high = turn(low, high, x, y, gain)
         out = (page.to(tl.int64) * PAGE + slot % PAGE) * D + h
         tl.store(pool_k + out, low)
         tl.store(pool_k + out + HALF, high)
@@ -443,7 +450,7 @@ class PagedCache(FastCache):
 
     pages None: a pool that grows with the tokens seen, so that it is never exhausted. It is grown
     to its full size and stays fixed once sequences are admitted. Within a CUDA graph it is fixed as
-    it is; a graph to be replayed needs `full_pages`.
+    it is; a graph to be replayed needs pool.full_pages.
 
     A step at T = 1 never waits for a GPU, so it cannot raise errors there; `check` does. `seen`
     counts calls, and the positions are checked by it. It must be set to the longest sequence's
@@ -515,13 +522,13 @@ class PagedCache(FastCache):
         if pages > have:
             self.add_pages(heads * (min(max(pages, have * 3 // 2), self.table.size(-1)) - have))
 
-    def attend(self, layer, q, k, v, alpha=None, omega=None):
-        """dmc.Cache.attend; see FastCache.attend for what it refuses."""
-        if self.grows and capturing(q.device):
+    def expect(self, layer, tokens, decides, device):
+        """Make room for `tokens` more; FastCache.expect says what is refused."""
+        super().expect(layer, tokens, decides, device)
+        if self.grows and capturing(device):
             self.grows = False                                   # a graph knows where the pool is
         if self.grows:
-            self.make_room(min(self.seen[layer] + q.size(2), self.config.max_seq_len))
-        return super().attend(layer, q, k, v, alpha, omega)
+            self.make_room(self.seen[layer] + tokens)
 
     # --- sequences come and go
 
@@ -619,35 +626,45 @@ class PagedCache(FastCache):
         tokens = zip(*(x.split(1, dim=2) for x in (q, k, v)), strict=True)
         return torch.cat([self.step(layer, *token, None, None) for token in tokens], dim=2)
 
-    def step(self, layer, q, k, v, alpha, omega):
-        """Algorithm 1 for one token of every sequence that runs; alpha None: all append."""
+    def attend_deciding(self, layer, q, k, v):
+        """`attend` for one token, T = 1, with dmc.decide's decisions, which the kernel makes."""
+        if not self.kernels:
+            alpha, _, omega = dmc.decide(q, k, self.config, position=self.seen[layer])
+            return self.attend(layer, q, k, v, alpha, omega)
+        self.expect(layer, 1, True, q.device)
+        return self.step(layer, q, k, v, None, None, decides=True)
+
+    def step(self, layer, q, k, v, alpha, omega, decides=False):
+        """Algorithm 1 for one token of every sequence that runs.
+
+        alpha None: all append, unless decides says that the kernel makes alpha and omega.
+        """
         self.seen[layer] += 1
         if not self.kernels:
             return self.step_in_operations(layer, q, k, v, alpha, omega)
         if self.seen[layer] % 64 == 0 and layer == 0:
             self.share_work()
-        q = self.update_in_kernel(layer, q, k, v, alpha, omega)
+        q = self.update_in_kernel(layer, q, k, v, alpha, omega, decides)
         y = decode(q, self.pool_k, self.pool_v, self.table[layer].flatten(0, 1),
                    self.lengths[layer].flatten(), *(x[layer] for x in self.work))
         return y.view(len(k), -1, 1, k.size(-1))
 
-    def update_in_kernel(self, layer, q, k, v, alpha, omega):
+    def update_in_kernel(self, layer, q, k, v, alpha, omega, decides=False):
         """One token of every sequence into its slot. Returns rotated queries (B G, H / G, D)."""
         (B, H, _, D), G, W = q.shape, k.size(1), self.open.omegas.size(-1)
         q, k, v = (x[:, :, 0] if x.stride(-1) == 1 else x[:, :, 0].contiguous() for x in (q, k, v))
         open_k, open_v, open_omega = (x[layer] for x in self.open.tensors())
-        decides = alpha is not None
-        alpha, omega = ((x.float().contiguous() for x in (alpha, omega)) if decides
-                        else (open_omega, open_omega))           # which are not read then
+        told = alpha is not None                                 # else they are not read
+        alpha, omega = (x.float().contiguous() if told else open_omega for x in (alpha, omega))
         turned = torch.empty(B * G, H // G, D, device=q.device, dtype=q.dtype)
         step_kernel[(B * G,)](
-            q, k, v, alpha, omega, self.cos, self.sin, turned, self.pool_k, self.pool_v,
-            self.table[layer], self.lengths[layer], self.ages[layer], open_k, open_v, open_omega,
-            self.free, self.left, self.failed, G, self.table.size(-1),
+            q, k, v, alpha, omega, float(self.config.c), self.cos, self.sin, turned,
+            self.pool_k, self.pool_v, self.table[layer], self.lengths[layer], self.ages[layer],
+            open_k, open_v, open_omega, self.free, self.left, self.failed, G, self.table.size(-1),
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             R=H // G, HALF=D // 2, W=W, W_PAD=power_of_2(W), PAGE=self.page_size,
-            WINDOWED=self.config.window is not None, DECIDES=decides, CONTROL_GAIN=self.gain,
-            num_warps=1)
+            WINDOWED=self.config.window is not None, DECIDES=told or decides, TOLD=told,
+            CONTROL_GAIN=self.gain, num_warps=1)
         return turned
 
     def step_in_operations(self, layer, q, k, v, alpha, omega):
@@ -674,11 +691,6 @@ class PagedCache(FastCache):
                         for pool in (self.pool_k, self.pool_v))
         y = attend_used(q, keys, values, self.lengths[layer])
         return y.masked_fill(~running[:, :1, None, None], 0)
-
-
-def full_pages(config, batch, page_size=16):
-    """The pages of a pool in which every head of `batch` sequences has room for all positions."""
-    return config.n_layer * batch * config.n_kv_head * -(-config.max_seq_len // page_size)
 
 
 def Cache(config, batch, device=None, dtype=torch.float32, page_size=16, pages=None):

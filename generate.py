@@ -43,12 +43,12 @@ from nanodmc.chat import talk, template_of
 from nanodmc.checkpoint import SHAPES, find_checkpoint, verify
 from nanodmc.cli import OPS, Parser, number, run_command, silence, wrapped
 from nanodmc.compare import compare
-from nanodmc.engine import EMPTY, checked_count
 from nanodmc.files import InputError, read_json
 from nanodmc.merges import show_merges
 from nanodmc.parallel import load_part, over_ranks, random_part, rank_count, this_rank
 from nanodmc.policies import POLICIES
 from nanodmc.prompts import LIMITS, answer_prompts, read_prompt
+from nanodmc.requests import EMPTY, checked_count
 from nanodmc.results import only_writer, read_results, refuse_files_of, refuse_same_files
 from nanodmc.sampling import chooser, generate
 from nanodmc.seeds import is_comparison

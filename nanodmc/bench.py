@@ -14,7 +14,7 @@ import torch
 from nanodmc.cases import Case, bench_cases
 from nanodmc.checkpoint import find_checkpoint
 from nanodmc.cli import OPS, installing, provenance, wrapped
-from nanodmc.engine import Engine, Request
+from nanodmc.engine import Engine
 from nanodmc.files import InputError, write_json
 from nanodmc.parallel import load_part, over_ranks, random_part, rank_count, this_rank
 from nanodmc.peers import (
@@ -28,6 +28,7 @@ from nanodmc.peers import (
 from nanodmc.plots import plot_bench
 from nanodmc.pool import PAGE, page_bytes, pages_that_fit
 from nanodmc.prompts import read_prompt
+from nanodmc.requests import Request
 from nanodmc.results import refuse_files_of
 from nanodmc.terminal import to_show
 from nanodmc.tokenizer import Tokenizer

@@ -46,7 +46,9 @@ def forced(kept, device):
     class ForcedCache(PagedCache):
         def attend(self, layer, q, k, v, alpha=None, omega=None):
             alpha = (torch.rand(k.shape[:3], device=k.device) >= kept[layer]).float()
-            return super().attend(layer, q, k, v, alpha, omega)
+            return super().attend(layer, q, k, v, alpha, torch.ones_like(alpha))
+
+        attend_deciding = attend
     return ForcedCache
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import dmc_fast
-from nanodmc import mask_kernels, segment_average
+from nanodmc import mask_kernels, segment_average, short_step
 from nanodmc.cli import ROOT, installing, provenance, run_command
 from nanodmc.files import InputError, write_json
 from nanodmc.launch import triton
@@ -36,7 +36,8 @@ T, D, W = 4096, 128, 12
 BAND = dict(D=D, D_PAD=D, W=W, TILE=32, HALO=16)
 GROUPED = dict(R=1, D=D, D_PAD=D, TILE=16)
 TURNING = dict(R=1, HALF=D // 2, HALF_PAD=D // 2, TILE=16, TURN=True)
-STEP = dict(R=1, HALF=D // 2, W=W, W_PAD=16, PAGE=16, WINDOWED=True, DECIDES=True, CONTROL_GAIN=0.0)
+STEP = dict(R=1, HALF=D // 2, W=W, W_PAD=16, PAGE=16, WINDOWED=True, DECIDES=True, TOLD=False,
+            CONTROL_GAIN=0.0)
 SLOTS = 1024                    # of a head, in decode_kernel
 
 
@@ -60,16 +61,18 @@ CASES = {
     "step_kernel": Case(STEP, warps=1),
     "decode_kernel": Case(dict(R=1, R_PAD=16, D=D, PAGE=16, BLOCK=64), SLOTS * 4 * D, SLOTS // 64),
     "combine_kernel": Case(dict(R=1, D=D)),
+    "add_norm_kernel": Case(dict(N=4096, N_PAD=4096), 8 * 4096, warps=8),
+    "silu_product_kernel": Case(dict(TILE=1024), 6 * 1024),
 }
 FP32 = {"alpha", "omega", "cos", "sin", "open_omega", "inverse_z", "dshare", "mean_dshare",
         "dalpha", "domega", "part", "part_lse", "lse", "keep", "dkeep", "diagonal"}
 INT32 = {"table", "lengths", "ages", "free", "left", "failed", "items", "places"}
-NUMBERS = {"T", "G", "pages_per_row", "rows"}
+NUMBERS = {"T", "G", "N", "pages_per_row", "rows"}
 
 
 def kernels():
     """The kernels by name."""
-    modules = dmc_fast, mask_kernels, segment_average
+    modules = dmc_fast, mask_kernels, segment_average, short_step
     return {name: f for module in modules for name, f in vars(module).items()
             if name.endswith("_kernel") and hasattr(f, "arg_names")}
 
@@ -84,7 +87,7 @@ def argument_type(name, constants):
         return "constexpr"
     if name in NUMBERS or is_stride(name):
         return "i32"
-    if name == "scale":
+    if name in ("scale", "c", "eps"):
         return "fp32"
     return "*fp32" if name in FP32 else "*i32" if name in INT32 else "*bf16"
 
@@ -112,7 +115,8 @@ def compile_kernel(name, changes=None):
     constants = {**case.constants, **(changes or {})}
     signature = {n: argument_type(n, constants) for n in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names)
-               if signature[n].startswith("*") or is_stride(n)}
+               if signature[n].startswith("*") or is_stride(n)
+               or n == "N" and n not in constants}
     binary = compile(ASTSource(kernel, signature, constants, aligned),
                      target=GPUTarget("cuda", 90, 32), options=dict(num_warps=case.warps))
     tool = Path(nvidia.__file__).parent / "bin/cuobjdump"

@@ -7,43 +7,13 @@ from typing import NamedTuple
 
 import torch
 
-from dmc_fast import full_pages
 from nanodmc.baselines import paged_cache
 from nanodmc.files import InputError
-from nanodmc.launch import power_of_2
 from nanodmc.parallel import over_ranks, rank_count
+from nanodmc.pool import full_pages
+from nanodmc.requests import Request, Result, checked_count, limits_of
 from nanodmc.sampling import NOT_NUMBERS, SETTINGS, likeliest, next_logits, sample
-
-EMPTY = "the prompt is empty; give at least one character."
-
-
-@dataclass
-class Request:
-    """A text to continue, and how to sample.
-
-    prompt: ids. count: how many tokens at most; None: 256, or fewer where positions end. key:
-    anything that tells its result from those of others.
-    """
-    prompt: list
-    count: int | None = None
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    key: object = None
-
-
-@dataclass
-class Result:
-    """What became of a request: a text, or an error, which is a sentence.
-
-    ids: the tokens generated. finish: why they end, "stop" or "length". cr: that of its cache.
-    """
-    request: Request
-    ids: list = field(default_factory=list)
-    finish: str | None = None
-    cr: float | None = None
-    error: str | None = None
+from nanodmc.short_step import ShortStep
 
 
 @dataclass(eq=False)
@@ -73,29 +43,6 @@ class Held(NamedTuple):
     need: int
 
 
-def checked_count(config, prompt, count):
-    """How many tokens are to follow the prompt. Raises InputError where positions run out."""
-    if not prompt:
-        raise InputError(EMPTY)
-    more = f" and {count} more" if count else ""
-    count = count or min(256, config.max_seq_len - len(prompt))
-    if len(prompt) + count > config.max_seq_len or count < 1:
-        raise InputError(
-            f"a prompt of {len(prompt)} tokens{more} does not fit the model's "
-            f"{config.max_seq_len} positions; shorten the prompt or generate fewer tokens.")
-    return count
-
-
-def limits_of(requests):
-    """The limits of `sample` for these requests, None where all take the likeliest token.
-
-    The first is rounded up to a power of 2, so that there are few of them: each has its own graph.
-    """
-    drawn = [r for r in requests if r.temperature > 0]
-    most = max([r.top_k for r in drawn], default=0)
-    return (power_of_2(most) if most else 0, any(r.top_p < 1 for r in drawn)) if drawn else None
-
-
 class Engine:
     """Batched generation: `rows` sequences at once, and the next one as soon as one has finished.
 
@@ -121,7 +68,8 @@ class Engine:
 
     def __init__(self, model, rows, pages=None, stops=(), gain=None, cache_class=None):
         weight, config = next(model.parameters()), model.config
-        self.model, self.stops, self.gain = model, set(stops), gain
+        self.model, self.short = model, ShortStep(model)
+        self.stops, self.gain = set(stops), gain
         self.heads = config.n_layer * config.n_kv_head
         if pages is not None and pages < self.heads:
             raise InputError(f"the pool has {pages} pages for {self.heads} heads; "
@@ -197,7 +145,7 @@ class Engine:
 
     def _step(self, limits):
         tokens = self.tokens.clamp(min=0)
-        logits = next_logits(self.model, tokens, self.cache, self.gain)
+        logits = self.short.logits(tokens, self.cache, self.gain)
         self._choose(slice(None), logits, limits)
 
     def _choose(self, rows, logits, limits):

@@ -2,9 +2,10 @@
 
 from nanodmc import scoring
 from nanodmc.cli import installing
-from nanodmc.engine import Engine, Request
+from nanodmc.engine import Engine
 from nanodmc.files import InputError, listed
 from nanodmc.pool import pages_that_fit
+from nanodmc.requests import Request
 from nanodmc.sampling import chooser, derived_seed, generate
 
 LENGTH = 256                 # tokens to generate at most, unless the task says how many

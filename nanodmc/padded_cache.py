@@ -101,20 +101,24 @@ class FastCache:
         table = dmc.rotary_table(self.config, count, device)
         self.cos, self.sin = (x.to(self.open.omegas.dtype).contiguous() for x in table)
 
-    @torch.no_grad()
-    def attend(self, layer, q, k, v, alpha=None, omega=None):
-        """dmc.Cache.attend. alpha None, in every call or in none: nothing is decided.
+    def expect(self, layer, tokens, decides, device):
+        """So many tokens are coming. Raises ValueError where they cannot.
 
-        Raises ValueError where decisions come and go, or positions run out.
+        That is where positions run out, or decisions come in some calls and not in others.
         """
-        end, positions = self.seen[layer] + q.size(2), self.config.max_seq_len
-        if self.decides not in (None, alpha is not None):
+        end, positions = self.seen[layer] + tokens, self.config.max_seq_len
+        if self.decides not in (None, decides):
             raise ValueError("a cache takes decisions in every call or in none")
         if end > positions:
             raise ValueError(f"{end} tokens do not fit the model's {positions} positions")
-        self.decides = alpha is not None
+        self.decides = decides
         if end > len(self.cos):
-            self.know_positions(min(2 * end, positions), k.device)
+            self.know_positions(min(2 * end, positions), device)
+
+    @torch.no_grad()
+    def attend(self, layer, q, k, v, alpha=None, omega=None):
+        """dmc.Cache.attend; `expect` says what is refused. alpha None: nothing is decided."""
+        self.expect(layer, q.size(2), alpha is not None, q.device)
         if alpha is None:
             return self.append(layer, q, k, v)
         omega = omega.to(self.open.omegas.dtype)

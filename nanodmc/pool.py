@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from dmc_fast import PagedCache, full_pages
+from dmc_fast import PagedCache
 from nanodmc.parallel import over_ranks
 from nanodmc.sampling import SETTINGS, next_logits, sample
 
@@ -14,6 +14,11 @@ PAGE = 16      # slots in a page, as PagedCache has them unless told otherwise
 def page_bytes(config, dtype):
     """Bytes of one page: the keys and the values of its slots."""
     return 2 * PAGE * config.head_dim * dtype.itemsize
+
+
+def full_pages(config, batch, page_size=PAGE):
+    """The pages of a pool in which every head of `batch` sequences has room for all positions."""
+    return config.n_layer * batch * config.n_kv_head * -(-config.max_seq_len // page_size)
 
 
 @torch.no_grad()

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 
 from nanodmc.cli import number, typed
-from nanodmc.engine import Engine, Request, Result
+from nanodmc.engine import Engine
 from nanodmc.files import InputError, one_line, read_text, reason, sync
 from nanodmc.parallel import rank_count, this_rank
 from nanodmc.pool import pages_that_fit
+from nanodmc.requests import Request, Result
 from nanodmc.results import as_line, check_results, drop_errors, model_mark
 from nanodmc.sampling import derived_seed
 from nanodmc.terminal import ProgressLine, duration, to_show

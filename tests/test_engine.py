@@ -19,9 +19,10 @@ import dmc_fast
 import generate
 from conftest import HERE, largest_error, lines_of
 from dmc import Cache, Transformer
-from nanodmc import checkpoint, flash_attention, mask_kernels, sampling
-from nanodmc.engine import Engine, Request, Sequence
+from nanodmc import checkpoint, flash_attention, mask_kernels, sampling, short_step
+from nanodmc.engine import Engine, Sequence
 from nanodmc.files import InputError
+from nanodmc.requests import Request
 from nanodmc.tokenizer import Tokenizer
 from nanodmc.variants import VariantConfig, ops_of
 from test_dmc import config_of, kernels, model_of, on_cpu, seeds
@@ -322,22 +323,27 @@ class NeverWaits(TorchDispatchMode):
 
 
 class Launch:
-    """Stands for a kernel: its launches do nothing."""
+    """Stands for a kernel: its launches are counted and do nothing."""
+
+    def __init__(self, name, launched):
+        self.name, self.launched = name, launched
 
     def __getitem__(self, grid):
-        return lambda *args, **kwargs: None
+        return lambda *args, **kwargs: self.launched.append(self.name)
 
 
 @pytest.fixture
 def no_kernels_run(monkeypatch):
-    """Caches and functions choose their kernels, whose launches do nothing."""
+    """Caches and functions choose their kernels, whose launches do nothing. A list of them."""
+    launched = []
     monkeypatch.setattr(flash_attention, "uses_kernels", lambda device: True)
-    for module in (dmc_fast, mask_kernels):
+    for module in (dmc_fast, mask_kernels, short_step):
         monkeypatch.setattr(module, "uses_kernels", lambda device: True, raising=False)
         monkeypatch.setattr(module, "triton", types.SimpleNamespace(cdiv=lambda a, b: -(-a // b)))
         for name in vars(module).copy():
             if name.endswith("_kernel") and not name.endswith("_in_kernel"):
-                monkeypatch.setattr(module, name, Launch())
+                monkeypatch.setattr(module, name, Launch(name, launched))
+    return launched
 
 
 @on_cpu

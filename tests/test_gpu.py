@@ -25,6 +25,7 @@ from nanodmc.config import shape
 from nanodmc.launch import INTERPRETED, triton
 from nanodmc.optim import new_optimizer
 from nanodmc.phases import plan
+from nanodmc.pool import full_pages
 from nanodmc.settings import Settings
 from nanodmc.work_list import work_list
 from test_banded_average import accumulate_inputs, check_accumulate
@@ -94,7 +95,7 @@ def test_a_step_is_one_graph_gpu():
     model = Transformer(config, dmc_fast).to(DEVICE, torch.bfloat16)
     tokens = torch.randint(0, 29, (4, 60), device=DEVICE)
     eager, captured = (dmc_fast.PagedCache(config, 4, DEVICE, torch.bfloat16,
-                                           pages=dmc_fast.full_pages(config, 4))
+                                           pages=full_pages(config, 4))
                        for _ in range(2))
     for cache in (eager, captured):
         model(tokens[:, :20], cache)

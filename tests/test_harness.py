@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from conftest import TEXTS, oracle
 from dmc import Cache, Transformer
 from nanodmc import benchmarks, checkpoint, harness
-from nanodmc.engine import Request
 from nanodmc.files import InputError
 from nanodmc.policies import policy_cache
+from nanodmc.requests import Request
 from nanodmc.tokenizer import Tokenizer
 from test_dmc import config_of
 

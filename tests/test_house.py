@@ -14,14 +14,14 @@ ORDER = [["dmc"],
           "segment_average", "padded_cache", "work_list"],
          ["dmc_fast"],
          *([name] for name in (
-             "interrupts", "files", "locks", "terminal", "cli", "variants", "control_pair",
-             "config", "weights", "checkpoint", "parallel", "added_tokens", "splits",
-             "merge_order", "tokenizer", "megatron", "documents", "token_cache", "text", "phases",
-             "records", "settings", "tables", "losses", "optim", "evaluate", "baselines",
-             "policies", "sampling", "plots", "stopping", "claim", "state", "metrics", "runs",
-             "heldout", "contenders", "comparison", "seeds", "compare", "pool", "engine", "chat",
-             "results", "prompts", "merges", "analyses", "peers", "cases", "bench", "scoring",
-             "humaneval", "harness", "benchmarks", "compiled")),
+             "interrupts", "files", "locks", "terminal", "cli", "variants", "short_step",
+             "control_pair", "config", "weights", "checkpoint", "parallel", "added_tokens",
+             "splits", "merge_order", "tokenizer", "megatron", "documents", "token_cache", "text",
+             "phases", "records", "settings", "tables", "losses", "optim", "evaluate", "baselines",
+             "policies", "requests", "sampling", "plots", "stopping", "claim", "state", "metrics",
+             "runs", "heldout", "contenders", "comparison", "seeds", "compare", "pool", "engine",
+             "chat", "results", "prompts", "merges", "analyses", "peers", "cases", "bench",
+             "scoring", "humaneval", "harness", "benchmarks", "compiled")),
          ["train", "generate"]]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 NONE = "__init__", "modeling_dmc"        # the latter is copied beside weights, and never imported

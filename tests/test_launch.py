@@ -23,7 +23,7 @@ def test_every_kernel_is_compiled_below():
 @pytest.mark.parametrize("name,changes", [(name, {}) for name in compiled.CASES] + [
     ("mask_kernel", dict(R=8)), ("restore_kernel", dict(R=8)), ("mask_gradient_kernel", dict(R=8)),
     ("step_kernel", dict(R=8)), ("step_kernel", dict(W=1, W_PAD=1, WINDOWED=False)),
-    ("step_kernel", dict(DECIDES=False)),
+    ("step_kernel", dict(DECIDES=False)), ("step_kernel", dict(TOLD=True)),
     ("step_kernel", dict(G=1)), ("decode_kernel", dict(R=8)), ("decode_kernel", dict(D=64, R=4)),
     ("average_kernel", dict(D=64, D_PAD=64)), ("average_gradient_kernel", dict(D=64, D_PAD=64))])
 def test_compiles_for_an_h100(name, changes):

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dmc_fast
-from dmc_fast import PagedCache, full_pages
+from dmc_fast import PagedCache
 from nanodmc.engine import Engine
-from nanodmc.pool import PAGE, page_bytes, pages_that_fit
+from nanodmc.pool import PAGE, full_pages, page_bytes, pages_that_fit
 from test_dmc import config_of, groups, model_of, parts, qkv, seeds
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]

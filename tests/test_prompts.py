@@ -14,7 +14,8 @@ import generate
 from conftest import HERE, lines_of, refusal
 from nanodmc import prompts as prompts_module
 from nanodmc import results as results_module
-from nanodmc.engine import Result, Sequence
+from nanodmc.engine import Sequence
+from nanodmc.requests import Result
 
 PROMPTS = [
     {"prompt": "1 times"}, {"prompt": "2 ti", "id": "two", "temperature": 0, "tokens": 6},
