@@ -23,7 +23,7 @@ from nanodmc.banded_average import BandedAverage, doubling_average
 from nanodmc.flash_attention import attend
 from nanodmc.launch import jit, power_of_2, tl, triton, uses_kernels
 from nanodmc.mask_kernels import turn
-from nanodmc.padded_cache import CacheBytes, FastCache, PaddedCache, attend_used
+from nanodmc.padded_cache import CacheBytes, FastCache, PaddedCache, attend_used, gathered
 from nanodmc.segment_average import segment_average
 from nanodmc.work_list import BLOCK, work_list
 
@@ -475,6 +475,7 @@ class PagedCache(FastCache):
         self.failed = torch.zeros(1, **ints)
         self.pool_k, self.pool_v = (torch.zeros(1, page_size, D, device=device, dtype=dtype)
                                     for _ in range(2))
+        self.room = {}                                           # of a step without kernels
         self.add_pages(self.lengths.numel() if self.grows else pages)
         self.know_positions(config.max_seq_len, device)
         processors = 1
@@ -585,11 +586,13 @@ class PagedCache(FastCache):
         for old, new in zip(self.work, work_list(self.lengths.flatten(1), self.extra), strict=True):
             old.copy_(new)               # in place: a graph reads it
 
-    def take(self, layer, fresh):
-        """A free page for each True in fresh (B, G, pages per head); the spare one if none is."""
+    def take(self, layer, at, fresh):
+        """A free page, or the spare one if none is, for the entries `at` (B, G, n) of the table
+        that are True in fresh (B, G, n)."""
         taken = self.left - fresh.flatten().cumsum(0).view_as(fresh)
         pages = torch.where(taken >= 0, self.free[taken.clamp(min=0)], 0)
-        self.table[layer] = torch.where(fresh, pages, self.table[layer])
+        pages = torch.where(fresh, pages, self.table[layer].gather(-1, at))
+        self.table[layer].scatter_(-1, at, pages)
         self.left -= fresh.sum().int()
         self.failed |= (fresh & (taken < 0)).any().int()
 
@@ -612,8 +615,8 @@ class PagedCache(FastCache):
         """Items (B, G, T, D) of a prefill, those that survive (B, G, T), oldest first."""
         self.seen[layer] = self.ages[layer] = survives.size(-1)
         self.lengths[layer] = survives.sum(-1)
-        page = torch.arange(self.table.size(-1), device=k.device)
-        self.take(layer, page * self.page_size < self.lengths[layer][..., None])
+        page = torch.arange(self.table.size(-1), device=k.device).expand_as(self.table[layer])
+        self.take(layer, page, page * self.page_size < self.lengths[layer][..., None])
         self.write(layer, survives.cumsum(-1) - 1, survives, k, v)
 
     def append(self, layer, q, k, v):
@@ -675,9 +678,9 @@ class PagedCache(FastCache):
             merge = (alpha[..., 0] > 0.5) & (slot > 0)           # the first token appends
             k, v = self.open.average(layer, self.ages[layer].long(), k, v, merge, omega)
             slot -= merge.int()
-        page = torch.arange(self.table.size(-1), device=k.device)
-        appends = running & ~merge
-        self.take(layer, appends[..., None] & (page * self.page_size == slot[..., None]))
+        appends, at = running & ~merge, slot[..., None]
+        page = (at // self.page_size).long().clamp(0, self.table.size(-1) - 1)
+        self.take(layer, page, appends[..., None] & (at % self.page_size == 0))
         age = self.ages[layer, :, :1].clamp(min=0)               # all heads of a sequence agree
         cos, sin = self.cos[age][:, :, None], self.sin[age][:, :, None]      # (B, 1, 1, D / 2)
         q, k = (dmc.rotate_heads(x, cos, sin, self.gain) for x in (q, k))
@@ -686,9 +689,8 @@ class PagedCache(FastCache):
         self.ages[layer] += running.int()
         longest = -(-int(self.lengths[layer].max()) // self.page_size)
         pages = self.table[layer, :, :, :longest]
-        keys, values = (pool.index_select(0, pages.flatten())
-                        .view(*pages.shape[:2], -1, pool.size(-1))
-                        for pool in (self.pool_k, self.pool_v))
+        keys, values = (gathered(pool, pages, self.room, i)
+                        for i, pool in enumerate((self.pool_k, self.pool_v)))
         y = attend_used(q, keys, values, self.lengths[layer])
         return y.masked_fill(~running[:, :1, None, None], 0)
 

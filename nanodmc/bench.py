@@ -274,10 +274,10 @@ def bench_model(args, device):
 def small_pool(config, length):
     """The gigabytes of a pool where none are asked for on a CPU: enough to measure, soon done.
 
-    0.005 for a toy, and room for four sequences of a larger model in which nothing merges.
+    0.08 for a toy, and room for four sequences of a larger model in which nothing merges.
     """
     pages = 4 * config.n_layer * config.n_kv_head * (length // PAGE + 2)
-    return max(0.005, pages * page_bytes(config, torch.float32) / 1e9)
+    return max(0.08, pages * page_bytes(config, torch.float32) / 1e9)
 
 
 def benchmark(args, device):
@@ -287,8 +287,8 @@ def benchmark(args, device):
     InputError.
     """
     path, on_gpu, ranks = args.out or Path("bench.json"), device == "cuda", rank_count()
-    prompts = args.prompt_tokens or [2048 if on_gpu else 128]
-    count = args.tokens or (2048 if on_gpu else 128)
+    prompts = args.prompt_tokens or [2048 if on_gpu else 1024]
+    count = args.tokens or (2048 if on_gpu else 256)
     if count < 16:
         raise InputError(f"--tokens {count} is too few to measure; give at least 16.")
     if path.is_dir() or not os.access(path.parent, os.W_OK):

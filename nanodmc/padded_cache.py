@@ -146,6 +146,19 @@ class FastCache:
         return y
 
 
+def gathered(pool, pages, room, key):
+    """The slots of pages (B, G, n) of a pool (..., page, D): (B, G, slots, D), until the next call.
+
+    They lie in memory that `room`, a dict, keeps under a key, as fresh memory at each step costs
+    more than the copy.
+    """
+    n = pages.numel()
+    if key not in room or len(room[key]) < n:
+        room[key] = pool.new_empty(n * 5 // 4, *pool.shape[1:])
+    slots = torch.index_select(pool, 0, pages.flatten(), out=room[key][:n])
+    return slots.view(*pages.shape[:2], -1, pool.size(-1))
+
+
 def attend_used(q, keys, values, lengths):
     """Attention of q (B, H, 1, D) over the first lengths (B, G) of keys, values (B, G, S, D)."""
     used = torch.arange(keys.size(2), device=q.device) < lengths[..., None]

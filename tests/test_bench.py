@@ -155,7 +155,7 @@ def test_a_first_half_that_comes_with_the_prompt_leaves_the_same_state(one_threa
     assert short["kv_bytes_logical"] == pytest.approx(whole["kv_bytes_logical"], rel=0.03)
 
 
-@pytest.mark.parametrize("name,low", [("toy", 0.005), ("llama2-7b", 2)])
+@pytest.mark.parametrize("name,low", [("toy", 0.08), ("llama2-7b", 2)])
 def test_the_pool_of_a_cpu_holds_a_few_sequences_of_any_model(name, low):
     size, length = shape(name), 48
     pool = bench.small_pool(size, length)
