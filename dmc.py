@@ -436,10 +436,10 @@ class Transformer(nn.Module):
         T = tokens.size(1)
         if (0 if cache is None else cache.seen[0]) + T > self.config.max_seq_len:
             raise ValueError(f"more tokens than the model's {self.config.max_seq_len} positions")
-        cos = sin = None                                          # a cache knows its positions
-        if cache is None:
-            cos, sin = rotary_table(self.config, T, tokens.device)
-        x, alphas = self.embed_tokens(tokens), []
+        x, alphas, cos, sin = self.embed_tokens(tokens), [], None, None
+        if cache is None:                                         # which knows its positions
+            table = rotary_table(self.config, T, tokens.device)
+            cos, sin = (angle.to(wide(x[:0])) for angle in table)
         for layer in self.layers:
             x, alpha = layer(x, cos, sin, cache, noise, gain)
             alphas.append(alpha)

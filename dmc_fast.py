@@ -5,9 +5,9 @@ GPU the work is done by Triton kernels around stock flash attention, elsewhere b
 operations that fit best. Names and shapes are those of the glossary in dmc.py.
 
 Here are the kernels of the window accumulation (Eq. 9), and the cache in pages with the kernels of
-a decode step. Beside it, in nanodmc/: `attend` (flash_attention.py), averages over whole segments
-(segment_average.py), and for a CPU the accumulation (banded_average.py) and the cache
-(padded_cache.py).
+a decode step. Beside it, in nanodmc/: `attend` (flash_attention.py), `decide` (decisions.py),
+averages over whole segments (segment_average.py), and for a CPU the accumulation
+(banded_average.py) and the cache (padded_cache.py).
 """
 
 from __future__ import annotations  # kernels can be read, not run, where Triton is missing
@@ -20,9 +20,10 @@ from torch.autograd.function import once_differentiable
 
 import dmc
 from nanodmc.banded_average import BandedAverage, doubling_average
+from nanodmc.decisions import decide  # noqa: F401 - a Transformer asks for it
 from nanodmc.flash_attention import attend
-from nanodmc.launch import jit, power_of_2, tl, triton, uses_kernels
-from nanodmc.mask_kernels import turn
+from nanodmc.launch import capturing, jit, power_of_2, tl, triton, uses_kernels
+from nanodmc.mask_kernels import dense, laid_out, turn
 from nanodmc.padded_cache import CacheBytes, FastCache, PaddedCache, attend_used, gathered
 from nanodmc.segment_average import segment_average
 from nanodmc.work_list import BLOCK, work_list
@@ -89,12 +90,12 @@ def average_kernel(k, v, alpha, omega, k_mean, v_mean, inverse_z, T, G,
     z = 1 / tl.where(t < T, tl.sum(share, 1) + tl.sum(halo_share, 1), 1.0)
     share, halo_share = share * z[:, None], halo_share * z[:, None]
 
-    out = t[:, None] * D + d[None, :]
+    out = at + t[:, None] * stride_t + d[None, :]
     written = (t < T)[:, None] & (d < D)[None, :]
     k_sum = both_products(share, k_tile, halo_share, k_halo)
     v_sum = both_products(share, v_tile, halo_share, v_halo)
-    tl.store(k_mean + row * T * D + out, k_sum, mask=written)
-    tl.store(v_mean + row * T * D + out, v_sum, mask=written)
+    tl.store(k_mean + out, k_sum, mask=written)
+    tl.store(v_mean + out, v_sum, mask=written)
     tl.store(inverse_z + row * T + t, z, mask=t < T)
 
 
@@ -116,11 +117,11 @@ def average_gradient_kernel(k, v, alpha, omega, inverse_z, dk_mean, dv_mean, dk,
     begin = tl.program_id(1) * TILE * TILES
     for first in tl.range(begin, tl.minimum(begin + TILE * TILES, T), TILE, num_stages=2):
         t, h, d = first + tl.arange(0, TILE), first + TILE + tl.arange(0, HALO), tl.arange(0, D_PAD)
-        at, means_at = (row // G) * stride_b + (row % G) * stride_g, row * T * D
-        dk_tile = tile_of(dk_mean, means_at, t, T, D, D_PAD, D)
-        dv_tile = tile_of(dv_mean, means_at, t, T, D, D_PAD, D)
-        dk_halo = tile_of(dk_mean, means_at, h, T, D, D_PAD, D)
-        dv_halo = tile_of(dv_mean, means_at, h, T, D, D_PAD, D)
+        at = (row // G) * stride_b + (row % G) * stride_g
+        dk_tile = tile_of(dk_mean, at, t, T, D, D_PAD, stride_t)
+        dv_tile = tile_of(dv_mean, at, t, T, D, D_PAD, stride_t)
+        dk_halo = tile_of(dk_mean, at, h, T, D, D_PAD, stride_t)
+        dv_halo = tile_of(dv_mean, at, h, T, D, D_PAD, stride_t)
         k_tile = tile_of(k, at, t, T, D, D_PAD, stride_t)
         v_tile = tile_of(v, at, t, T, D, D_PAD, stride_t)
         fade, fade_after = numbers_of(alpha, row, t, T), numbers_of(alpha, row, t + 1, T)
@@ -142,12 +143,12 @@ def average_gradient_kernel(k, v, alpha, omega, inverse_z, dk_mean, dv_mean, dk,
         halo_z *= tl.cumprod(halo_fade, 0)
         halo_share = tl.where(halo_near, to_end[:, None] * halo_z[None, :], 0.0)
 
-        out = t[:, None] * D + d[None, :]
+        out = at + t[:, None] * stride_t + d[None, :]
         written = (t < T)[:, None] & (d < D)[None, :]
         dk_sum = both_products(share, dk_tile, halo_share, dk_halo)
         dv_sum = both_products(share, dv_tile, halo_share, dv_halo)
-        tl.store(dk + means_at + out, dk_sum, mask=written)
-        tl.store(dv + means_at + out, dv_sum, mask=written)
+        tl.store(dk + out, dk_sum, mask=written)
+        tl.store(dv + out, dv_sum, mask=written)
         there = near & (t < T)[None, :]
         tl.store(dshare + row * W * T + n * T + t[None, :], slope, mask=there)
         there = halo_near & (h < T)[None, :]
@@ -188,7 +189,10 @@ def decision_gradient_kernel(alpha, omega, inverse_z, dshare, mean_dshare, dalph
 
 
 class WindowedAverage(torch.autograd.Function):
-    """The windowed average and its gradients by the kernels above, in fp32 inside."""
+    """The windowed average and its gradients by the kernels above, in fp32 inside.
+
+    Everything is laid out as the keys given, so nothing is copied on its way from a projection.
+    """
 
     @staticmethod
     def layout(k, W, TILE, TILES=1):
@@ -200,11 +204,11 @@ class WindowedAverage(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, k, v, alpha, omega, W):
-        if k.stride() != v.stride() or k.stride(-1) != 1:
-            k, v = k.contiguous(), v.contiguous()
+        k = dense(k)
+        v = laid_out(v, k)
         ctx.W, ctx.dtypes = W, (alpha.dtype, omega.dtype)
         alpha, omega = (x.to(torch.float32).contiguous() for x in (alpha, omega))
-        means = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v)]
+        means = torch.empty_like(k), torch.empty_like(k)
         inverse_z = torch.empty_like(alpha)
         grid, sizes = WindowedAverage.layout(k, W, TILE=32)
         average_kernel[grid](k, v, alpha, omega, *means, inverse_z, k.size(2), k.size(1),
@@ -216,10 +220,10 @@ class WindowedAverage(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         k, v, alpha, omega, inverse_z = ctx.saved_tensors
-        grads = [grad.contiguous() for grad in grads]
+        grads = [laid_out(grad, k) for grad in grads]
         (B, G, T, _), W = k.shape, ctx.W
         grid, sizes = WindowedAverage.layout(k, W, TILE=16, TILES=8)
-        dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+        dk, dv = torch.empty_like(k), torch.empty_like(k)
         dshare, mean_dshare = alpha.new_empty(B * G, W, T), torch.zeros_like(alpha)
         dalpha, domega = (torch.empty_like(alpha) for _ in range(2))
         average_gradient_kernel[grid](k, v, alpha, omega, inverse_z, *grads, dk, dv, dshare,
@@ -268,10 +272,9 @@ def step_kernel(q, k, v, alpha, omega, c, cos, sin, q_turned, pool_k, pool_v, ta
 
     One program per head, so that the whole state of a head has one owner. Only the free list is
     shared: a head that enters a new page takes one by one atomic. Floor, in bf16: 8 D (R + 2) bytes
-    of vectors, and 4 D per token of the open segment, where attention then reads 4 D per slot. So
-    the step is short, and what matters is that it is one launch. The ring's new entry is taken
-    from the arguments, never read back, and every thread has read the state before one writes it.
-    TOLD: alpha and omega are given, and not made here as dmc.decide makes them.
+    of vectors, and 4 D per token of the open segment, where attention then reads 4 D per slot. The
+    ring's new entry is taken from the arguments, never read back, and every thread has read the
+    state before one writes it. TOLD: alpha and omega are given, not made here as by dmc.decide.
     """
     row = tl.program_id(0).to(tl.int64)
     b, g, h, D = row // G, row % G, tl.arange(0, HALF), 2 * HALF
@@ -434,11 +437,6 @@ def decode(q, pool_k, pool_v, table, lengths, items, places):
 
 
 # ------------------------------------------------------------------------ the cache in pages
-
-def capturing(device):
-    """Whether what runs on this device now becomes a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
 
 class PagedCache(FastCache):
     """One pool of pages for all layers, sequences and heads: no head pays for another's length.

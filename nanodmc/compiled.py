@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import dmc_fast
-from nanodmc import mask_kernels, segment_average, short_step
+from nanodmc import decisions, mask_kernels, segment_average, short_step
 from nanodmc.cli import ROOT, installing, provenance, run_command
 from nanodmc.files import InputError, write_json
 from nanodmc.launch import triton
@@ -59,20 +59,23 @@ CASES = {
     "decision_gradient_kernel": Case(dict(W=W, TILE=128), 128 * (4 * W + 24)),
     "segment_average_kernel": Case(dict(D=D, SLICE=32, TILE=64), T * 4 * 32, T // 64),
     "step_kernel": Case(STEP, warps=1),
+    "decision_kernel": Case(dict(R=1, TILE=256), 256 * 80),
+    "decision_backward_kernel": Case(dict(TILE=256), 256 * 32),
     "decode_kernel": Case(dict(R=1, R_PAD=16, D=D, PAGE=16, BLOCK=64), SLOTS * 4 * D, SLOTS // 64),
     "combine_kernel": Case(dict(R=1, D=D)),
     "add_norm_kernel": Case(dict(N=4096, N_PAD=4096), 8 * 4096, warps=8),
     "silu_product_kernel": Case(dict(TILE=1024), 6 * 1024),
 }
 FP32 = {"alpha", "omega", "cos", "sin", "open_omega", "inverse_z", "dshare", "mean_dshare",
-        "dalpha", "domega", "part", "part_lse", "lse", "keep", "dkeep", "diagonal"}
+        "dalpha", "domega", "uniform", "dlogit", "dmean", "part", "part_lse", "lse", "keep",
+        "dkeep", "diagonal"}
 INT32 = {"table", "lengths", "ages", "free", "left", "failed", "items", "places"}
 NUMBERS = {"T", "G", "N", "pages_per_row", "rows"}
 
 
 def kernels():
     """The kernels by name."""
-    modules = dmc_fast, mask_kernels, segment_average, short_step
+    modules = dmc_fast, decisions, mask_kernels, segment_average, short_step
     return {name: f for module in modules for name, f in vars(module).items()
             if name.endswith("_kernel") and hasattr(f, "arg_names")}
 
@@ -87,7 +90,7 @@ def argument_type(name, constants):
         return "constexpr"
     if name in NUMBERS or is_stride(name):
         return "i32"
-    if name in ("scale", "c", "eps"):
+    if name in ("scale", "c", "eps", "noise", "tau"):
         return "fp32"
     return "*fp32" if name in FP32 else "*i32" if name in INT32 else "*bf16"
 

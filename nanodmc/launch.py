@@ -22,6 +22,11 @@ def uses_kernels(device):
     return triton is not None and (torch.device(device or "cpu").type == "cuda" or INTERPRETED)
 
 
+def capturing(device):
+    """Whether what runs on this device now becomes a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def jit(f):
     """triton.jit, or f itself where there is no Triton and nobody can call it."""
     return triton.jit(f) if triton else f

@@ -167,6 +167,11 @@ def dense(x):
     return x if x.is_contiguous() or x.transpose(1, 2).is_contiguous() else x.contiguous()
 
 
+def laid_out(x, like):
+    """x, or a copy of it, with the strides of another tensor of its shape."""
+    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
+
+
 def by_group(q, k):
     """Grid and sizes of the kernels: a program for each key-value head and tile of tokens."""
     (B, H, T, _), G = q.shape, k.size(1)

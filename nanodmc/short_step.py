@@ -6,6 +6,8 @@ of the MLP; the residual sum and the norm behind it are one kernel, as are silu 
 decisions are made where the cache is updated.
 """
 
+from __future__ import annotations  # kernels can be read, not run, where Triton is missing
+
 import torch
 import torch.nn.functional as F
 

@@ -19,7 +19,14 @@ import dmc_fast
 import generate
 from conftest import HERE, largest_error, lines_of
 from dmc import Cache, Transformer
-from nanodmc import checkpoint, flash_attention, mask_kernels, sampling, short_step
+from nanodmc import (
+    checkpoint,
+    decisions,
+    flash_attention,
+    mask_kernels,
+    sampling,
+    short_step,
+)
 from nanodmc.engine import Engine, Sequence
 from nanodmc.files import InputError
 from nanodmc.requests import Request
@@ -337,7 +344,7 @@ def no_kernels_run(monkeypatch):
     """Caches and functions choose their kernels, whose launches do nothing. A list of them."""
     launched = []
     monkeypatch.setattr(flash_attention, "uses_kernels", lambda device: True)
-    for module in (dmc_fast, mask_kernels, short_step):
+    for module in (dmc_fast, mask_kernels, short_step, decisions):
         monkeypatch.setattr(module, "uses_kernels", lambda device: True, raising=False)
         monkeypatch.setattr(module, "triton", types.SimpleNamespace(cdiv=lambda a, b: -(-a // b)))
         for name in vars(module).copy():

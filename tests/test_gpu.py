@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dmc
 import dmc_fast
@@ -30,6 +32,7 @@ from nanodmc.settings import Settings
 from nanodmc.work_list import work_list
 from test_banded_average import accumulate_inputs, check_accumulate
 from test_dmc import check_cache, config_of, on_cpu
+from test_engine import no_kernels_run  # noqa: F401
 from test_flash_attention import attend_inputs, check_attend
 from test_paged_cache import check_decode, paged
 
@@ -312,3 +315,52 @@ def test_speed_without_a_gpu(note):
     note(f"{name}, in a plain step's time, with dmc.py", taken["reference"] / taken["plain"])
     note(f"{name}, in a plain step's time, with dmc_fast.py", taken["fast"] / taken["plain"])
     note(f"{name}: dmc.py's time / dmc_fast.py's", taken["reference"] / taken["fast"])
+
+
+# ------------------------------------------------------- what a layer's attention moves in training
+
+class Moves(TorchDispatchMode):
+    """PyTorch's operators that read or write elements, with their bytes; no views."""
+
+    def __init__(self):
+        super().__init__()
+        self.moved = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        name = func._schema.name.removeprefix("aten::")
+        views = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        if not views and not name.startswith(("empty", "new_empty", "detach", "_unsafe_view")):
+            tensors = [x for x in tree_leaves((args, kwargs or {}, out))
+                       if isinstance(x, torch.Tensor)]
+            self.moved.append((name, sum(x.nbytes for x in tensors)))
+        return out
+
+
+@on_cpu
+@pytest.mark.parametrize("backend", ["flash", "cudnn"])
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
+def test_nothing_is_copied_between_projections_and_kernels(monkeypatch, no_kernels_run,  # noqa: F811
+                                                           measured, backend, heads):
+    """Forward and backward of a layer's attention in training, on tensors without memory."""
+    monkeypatch.setattr(flash_attention, "stock", lambda *_: backend)
+    config = config_of(heads, head_dim=64, dim=512, max_seq_len=256)
+    with torch.device("meta"):
+        attention = dmc.Attention(config, 0, dmc_fast).bfloat16()
+        x = torch.zeros(2, 256, 512, dtype=torch.bfloat16, requires_grad=True)
+    cos, sin = (angle.float() for angle in dmc.rotary_table(config, 256, "meta"))
+    with Moves() as moves:
+        y, alpha = attention(x, cos, sin, None, 1.0, None)
+        torch.autograd.backward([y, alpha], [torch.empty_like(y), torch.empty_like(alpha)])
+    keys = 2 * 2 * heads[1] * 256 * 64                           # bytes of k in bf16
+    large = [name for name, size in moves.moved if size >= keys]
+    products, stock = large.count("mm"), [name for name in large if "attention" in name]
+    small = sum(size for _, size in moves.moved if size < keys)
+    measured[f"{heads[0]} heads over {heads[1]}, {backend}"] = {
+        "PyTorch's operators, forward and backward": len(moves.moved),
+        "kernels": no_kernels_run.copy(),
+        "bytes of small operators, in those of k": small / keys}
+    assert products == 4 + 8 and len(stock) == 2
+    rest = [name for name in large if name != "mm" and name not in stock]
+    assert rest == ["add", "add"]                 # of what the three projections say to their input
+    assert small < keys
