@@ -340,8 +340,8 @@ class Moves(TorchDispatchMode):
 @on_cpu
 @pytest.mark.parametrize("backend", ["flash", "cudnn"])
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
-def test_nothing_is_copied_between_projections_and_kernels(monkeypatch, no_kernels_run,  # noqa: F811
-                                                           measured, backend, heads):
+def test_nothing_is_copied_around_the_kernels(monkeypatch, no_kernels_run, measured,  # noqa: F811
+                                              backend, heads):
     """Forward and backward of a layer's attention in training, on tensors without memory."""
     monkeypatch.setattr(flash_attention, "stock", lambda *_: backend)
     config = config_of(heads, head_dim=64, dim=512, max_seq_len=256)
