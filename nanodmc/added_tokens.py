@@ -89,6 +89,13 @@ def facts_beside(source, name, files):
     return facts if isinstance(facts, dict) else {}
 
 
+def as_id(i):
+    """i, if it is a token's id. Raises ValueError."""
+    if not isinstance(i, int) or not 0 <= i < 2 ** 31:
+        raise ValueError(f"{i!r} is no id")
+    return i
+
+
 def ends_of_text(source, files, special_ids, ids):
     """The ids that end a text, in turn, from all the places that may name them.
 

@@ -17,14 +17,7 @@ from nanodmc.cli import OPS, installing, provenance, wrapped
 from nanodmc.engine import Engine
 from nanodmc.files import InputError, write_json
 from nanodmc.parallel import load_part, over_ranks, random_part, rank_count, this_rank
-from nanodmc.peers import (
-    PEERS,
-    attention_share,
-    copy_bandwidth,
-    peer_row,
-    settle,
-    synchronize,
-)
+from nanodmc.peers import PEERS, attention_share, copy_bandwidth, peer_row, settle, synchronize
 from nanodmc.plots import plot_bench
 from nanodmc.pool import PAGE, page_bytes, pages_that_fit
 from nanodmc.prompts import read_prompt

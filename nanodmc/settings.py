@@ -130,9 +130,8 @@ class Settings:
         "divergence to the logits of the model before the retrofit; the LM loss has the rest",
         metavar="X")
     choose_pair: bool = setting(
-        "method", False, "make the control channels of the rotary pair that scores miss least, "
-        "turned such that they miss channel 0 least, before it fades; the paper takes channel 0 "
-        "as it is", action="store_true")
+        "method", False, "before channel 0 fades, make it the one of all rotary pairs, turned, "
+        "that scores miss least; the paper takes it as it is", action="store_true")
     window: int = setting("method", 12, "w: tokens that an average covers at most; 0: the whole "
                           "segment")
     tau: float = setting("method", 0.2, "temperature of Eq. 8", 0.1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tiktoken
 
-from nanodmc.added_tokens import BLANK, AddedTokens, ends_of_text
+from nanodmc.added_tokens import BLANK, AddedTokens, as_id, ends_of_text
 from nanodmc.config import as_whole, named, shown
 from nanodmc.files import InputError, listed, read_bytes, read_json
 from nanodmc.merge_order import BYTE, follows
@@ -33,13 +33,6 @@ CHAR_BYTE = {ord(char): b for b, char in BYTE_CHAR.items()}
 def spell_bytes(piece):
     """The bytes that a piece of byte-level BPE, written in that alphabet, stands for."""
     return piece.translate(CHAR_BYTE).encode("latin-1")
-
-
-def as_id(i):
-    """i, if it is a token's id. Raises ValueError."""
-    if not isinstance(i, int) or not 0 <= i < 2 ** 31:
-        raise ValueError(f"{i!r} is no id")
-    return i
 
 
 def byte_level_ids(vocab, merged):
