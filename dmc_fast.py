@@ -24,7 +24,7 @@ from nanodmc.decisions import decide  # noqa: F401 - a Transformer asks for it
 from nanodmc.flash_attention import attend
 from nanodmc.launch import capturing, jit, power_of_2, tl, triton, uses_kernels
 from nanodmc.mask_kernels import dense, laid_out, turn
-from nanodmc.padded_cache import CacheBytes, FastCache, PaddedCache, attend_used, gathered
+from nanodmc.padded_cache import CacheBytes, FastCache, PaddedCache, attend_pages
 from nanodmc.segment_average import segment_average
 from nanodmc.work_list import BLOCK, work_list
 
@@ -685,11 +685,8 @@ class PagedCache(FastCache):
         self.write(layer, slot[..., None], running[..., None], k, v)
         self.lengths[layer] += appends.int()
         self.ages[layer] += running.int()
-        longest = -(-int(self.lengths[layer].max()) // self.page_size)
-        pages = self.table[layer, :, :, :longest]
-        keys, values = (gathered(pool, pages, self.room, i)
-                        for i, pool in enumerate((self.pool_k, self.pool_v)))
-        y = attend_used(q, keys, values, self.lengths[layer])
+        y = attend_pages(q, self.pool_k, self.pool_v, self.table[layer], self.lengths[layer],
+                         self.room)
         return y.masked_fill(~running[:, :1, None, None], 0)
 
 

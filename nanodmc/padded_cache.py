@@ -146,25 +146,40 @@ class FastCache:
         return y
 
 
-def gathered(pool, pages, room, key):
-    """The slots of pages (B, G, n) of a pool (..., page, D): (B, G, slots, D), until the next call.
-
-    They lie in memory that `room`, a dict, keeps under a key, as fresh memory at each step costs
-    more than the copy.
-    """
-    n = pages.numel()
-    if key not in room or len(room[key]) < n:
-        room[key] = pool.new_empty(n * 5 // 4, *pool.shape[1:])
-    slots = torch.index_select(pool, 0, pages.flatten(), out=room[key][:n])
-    return slots.view(*pages.shape[:2], -1, pool.size(-1))
-
-
 def attend_used(q, keys, values, lengths):
     """Attention of q (B, H, 1, D) over the first lengths (B, G) of keys, values (B, G, S, D)."""
     used = torch.arange(keys.size(2), device=q.device) < lengths[..., None]
     used = used.repeat_interleave(q.size(1) // keys.size(1), dim=1)[:, :, None]      # (B, H, 1, S)
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=used,
                                           enable_gqa=q.size(1) != keys.size(1))
+
+
+def attend_pages(q, pool_k, pool_v, table, lengths, room):
+    """attend_used, where slots are in the pages of a pool (pages, page, D): table (B, G, n).
+
+    Heads are padded to the longest of their quarter, where lengths differ much. Pages are gathered
+    into memory that the dict `room` keeps, as fresh memory costs more than the copy.
+    """
+    page, rows = pool_k.size(1), lengths.numel()
+    queries, table = q.reshape(rows, -1, 1, q.size(-1)), table.flatten(0, 1)
+    lengths = lengths.flatten()
+    pages, y = -(-lengths // page), torch.empty_like(queries)
+    uneven = rows * pages.max() > 1.5 * pages.sum()
+    for part in pages.argsort().chunk(4 if uneven else 1):
+        numbers = table[part, :int(pages[part].max())]
+        keys, values = (gathered(pool, numbers, room, name)
+                        for pool, name in ((pool_k, "keys"), (pool_v, "values")))
+        y[part] = attend_used(queries[part], keys, values, lengths[part, None])
+    return y.view_as(q)
+
+
+def gathered(pool, pages, room, name):
+    """The slots of pages (rows, n) of a pool: (rows, 1, slots, D), until the next call."""
+    n = pages.numel()
+    if name not in room or len(room[name]) < n:
+        room[name] = pool.new_empty(n * 5 // 4, *pool.shape[1:])
+    slots = torch.index_select(pool, 0, pages.flatten(), out=room[name][:n])
+    return slots.view(len(pages), 1, -1, pool.size(-1))
 
 
 class PaddedCache(FastCache):

@@ -47,7 +47,7 @@ def test_a_model_that_decides_takes_no_cr():
 def test_bench_command(tmp_path, capsys, finished, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["--bench", "--device", "cpu", "--tokens", "16", "--prompt-tokens", "40",
-               "--cache-gb", "0.002", "--out", "folder.json"]
+               "--cache-gb", "0.004", "--out", "folder.json"]
     assert generate.main([*command, "--cr", "3"]) == 0
     shown, written = capsys.readouterr().out, json.loads((tmp_path / "folder.json").read_text())
     assert "Decisions are forced" in shown and "published, not measured" in shown
@@ -64,9 +64,9 @@ def test_bench_command(tmp_path, capsys, finished, monkeypatch):
             rate = 1e3 * row["batch"] / row["ms_per_step"]
             assert row["tokens_per_second"] == pytest.approx(rate)
             assert row["kv_bytes_logical"] < row["kv_bytes_allocated"] <= row["pool_bytes"]
-            assert row["pool_bytes"] <= 0.002e9 and row["preempted"] == 0
+            assert row["pool_bytes"] <= 0.004e9 and row["preempted"] == 0
             assert 0 < row["attention_share"] < 1 and 0 < row["share_of_memory_bound_limit"] < 1
-    slots = first["batch"] * 2 * 4 * (40 + 10)       # layers, heads, tokens amid what is timed
+    slots = first["batch"] * 2 * 8 * (40 + 10)       # layers, heads, tokens amid what is timed
     assert first["kv_bytes_logical"] == slots * 2 * 32 * 4
     assert generate.main([*command, "--ckpt", str(finished / "cr2"), "--batch", "1", "2"]) == 2
     assert "16 positions" in capsys.readouterr().err
@@ -155,12 +155,12 @@ def test_a_first_half_that_comes_with_the_prompt_leaves_the_same_state(one_threa
     assert short["kv_bytes_logical"] == pytest.approx(whole["kv_bytes_logical"], rel=0.03)
 
 
-@pytest.mark.parametrize("name,low", [("toy", 0.08), ("llama2-7b", 2)])
-def test_the_pool_of_a_cpu_holds_a_few_sequences_of_any_model(name, low):
+@pytest.mark.parametrize("name", ["toy", "llama2-7b"])
+def test_the_pool_of_a_cpu_holds_a_few_sequences_of_any_model(name):
     size, length = shape(name), 48
     pool = bench.small_pool(size, length)
     sequence = 2 * size.n_layer * size.n_kv_head * size.head_dim * 4 * (length + PAGE)
-    assert max(0.005, 4 * sequence / 1e9) <= pool < max(0.006, 8 * sequence / 1e9)
+    assert max(0.08, 4 * sequence / 1e9) <= pool < max(0.081, 8 * sequence / 1e9)
 
 
 @pytest.mark.parametrize("name", [
