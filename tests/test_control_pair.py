@@ -4,6 +4,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 import dmc
 import train
-from conftest import SHORT, TINY, curve, interrupted, refusal, same_weights
+from conftest import HERE, SHORT, TINY, curve, interrupted, refusal, same_weights
 from nanodmc import checkpoint, control_pair
 from nanodmc.config import config_from_json, config_to_json
 from nanodmc.control_pair import Choice, apply, choose, expected_loss, lost, measure
@@ -164,3 +166,32 @@ def test_a_damaged_choice_is_refused_and_made_anew(tmp_path, text, capsys):
     assert "--redo" in refusal(train.main, ["--resume", "--out", str(out)], capsys, out)
     assert train.main(["--resume", "--redo", "--out", str(out)]) == 0
     assert json.loads(kept.read_text())["pair"] < PAIRS
+
+
+ONE_OF_TWO = """
+import sys, torch, train
+from nanodmc import control_pair
+torch.set_num_threads(1)
+choose = control_pair.choose
+def chosen(model, sequences):
+    assert all(type(p).__name__ == "DTensor" for p in model.parameters())
+    return choose(model, sequences)
+control_pair.choose = chosen
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_two_processes_choose_as_one_does(tmp_path, text):
+    """Each holds a part of every weight, and both read all of the sequences."""
+    out, script = [tmp_path / "one", tmp_path / "two"], tmp_path / "script.py"
+    arguments = ["--data", text, *TINY, *CHOOSING, "--pretrain-steps", "1", "--free-steps", "1",
+                 "--retrofit-steps", "1", "--micro-batch", "1"]
+    assert train.main(["--out", str(out[0]), *arguments]) == 0
+    script.write_text(ONE_OF_TWO)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         str(script), "--out", str(out[1]), *arguments], capture_output=True, text=True,
+        timeout=120, env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((path / "control-pair.json").read_text()) for path in out)
+    assert one == two

@@ -37,7 +37,7 @@ def test_two_processes_train_like_one_and_resume_each_others_state(tmp_path, tex
     """One process into the retrofit; two, with FSDP2 over gloo, through solidify into the control;
     then one again."""
     arguments = ["--data", text, *TINY, *SHORT, "--save-every", "2", "--kv-heads", "2",
-                 "--dim", "12", "--micro-batch", "1", "--distill", "0.5"]
+                 "--dim", "12", "--micro-batch", "1", "--distill", "0.5", "--choose-pair"]
     whole, out, script = tmp_path / "whole", tmp_path / "run", tmp_path / "two.py"
     assert train.main(["--out", str(whole), *arguments]) == 0
     with pytest.raises(PowerCut):
