@@ -46,7 +46,7 @@ def test_save_and_load_are_bit_exact(tmp_path, tied):
     assert torch.equal(again(tokens)[0], model(tokens)[0])
     facts = json.loads((tmp_path / "a/config.json").read_text())
     assert facts["dmc"] == {"method": "dmc", "window": None, "tau": 0.1, "c": 0.5,
-                            "phase": "solidify", "cr": 3.9}
+                            "control_pair": 0, "phase": "solidify", "cr": 3.9}
     assert facts["model_type"] == "dmc_llama"
     assert load(tmp_path / "a", dmc=False).config.dmc is False
 
