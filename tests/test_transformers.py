@@ -25,7 +25,7 @@ PROMPTS = ["import os", "def f(x):\n    return", "x"]
 def folder(tmp_path_factory, request):
     """A checkpoint whose decisions vary, in fp32."""
     changes = {"a window": {"window": 5}, "tied": {"window": None, "tie_embeddings": True},
-               "rope": {"rope_theta": 500.0,
+               "rope": {"rope_theta": 500.0, "control_pair": 2,
                         "rope_scaling": {"rope_type": "linear", "factor": 2.0}}}
     model = model_of(3, (4, 2), vocab_size=257, max_seq_len=128, c=0.0, **changes[request.param])
     path = tmp_path_factory.mktemp("ours")
