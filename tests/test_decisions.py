@@ -12,11 +12,7 @@ from test_dmc import assert_as_good, config_of, kernels, on_cpu
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@kernels
-@pytest.mark.parametrize("noise", [1.0, 0.1])
-@pytest.mark.parametrize("heads,T", [((4, 4), 1), ((4, 4), 300), ((8, 2), 257)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_decisions_and_gradients_kernel(dtype, heads, T, noise):
+def check_decisions(dtype, heads, T, noise, device="cpu"):
     """From the same numbers and the same noise, as good as dmc.decide; q and k are views, and get
     gradients from elsewhere as well. Logits lie on both sides of c, and far from it."""
     config, (H, G) = config_of(heads, c=2.0, tau=0.3), heads
@@ -25,7 +21,7 @@ def test_decisions_and_gradients_kernel(dtype, heads, T, noise):
     both[..., 0] = 8 * torch.randn(2, T, H + G, generator=rng) * (torch.rand(
         2, T, H + G, generator=rng) < 0.9)
     both[:, :1, 0, 0] = -200                               # beyond the clamp of the importance
-    slopes = torch.randn(3, 2, G, T, generator=rng)
+    slopes = torch.randn(3, 2, G, T, generator=rng).to(device)
 
     def run(decide, dtype):
         x = both.to(dtype).requires_grad_()
@@ -42,10 +38,18 @@ def test_decisions_and_gradients_kernel(dtype, heads, T, noise):
         x = torch.cat([torch.full_like(x[..., :1], -torch.inf), x[..., 1:]], -1)
         return (x.sigmoid(), torch.nn.functional.logsigmoid(-x),
                 dmc.importance(q[..., 0], G))
-    both = both.to(dtype).double()
+    both = both.to(device, dtype).double()
     ours, plain = run(decisions.decide, dtype), run(dmc.decide, dtype)
     assert_as_good(ours, plain, run(exact, torch.float64))
     assert (ours[0][..., 0] == 0).all() and (ours[1][..., 0] == 0).all()
+
+
+@kernels
+@pytest.mark.parametrize("noise", [1.0, 0.1])
+@pytest.mark.parametrize("heads,T", [((4, 4), 1), ((4, 4), 300), ((8, 2), 257)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_decisions_and_gradients_kernel(dtype, heads, T, noise):
+    check_decisions(dtype, heads, T, noise)
 
 
 @kernels

@@ -31,10 +31,12 @@ from nanodmc.pool import full_pages
 from nanodmc.settings import Settings
 from nanodmc.work_list import work_list
 from test_banded_average import accumulate_inputs, check_accumulate
-from test_dmc import check_cache, config_of, on_cpu
+from test_dmc import check_cache, config_of, model_of, on_cpu
+from test_decisions import check_decisions
 from test_engine import no_kernels_run  # noqa: F401
 from test_flash_attention import attend_inputs, check_attend
 from test_paged_cache import check_decode, paged
+from test_short_step import check_short_step, tokens_of
 
 GPU = torch.cuda.is_available()
 DEVICE, HALF = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
@@ -87,6 +89,20 @@ def test_ragged_decode_at_full_size_gpu(R, D, page, extra):
 def test_cache_at_full_size_gpu(heads, window, batch, portions, merge):
     check_cache(heads, window, sum(portions), portions, 128, 16, True, batch, merge,
                 torch.bfloat16, DEVICE)
+
+
+@on_gpu
+@pytest.mark.parametrize("noise", [1.0, 0.1])
+@pytest.mark.parametrize("heads,T", [((32, 32), 4096), ((32, 8), 1000)])
+def test_decisions_and_gradients_gpu(heads, T, noise):
+    check_decisions(torch.bfloat16, heads, T, noise, DEVICE)
+
+
+@on_gpu
+@pytest.mark.parametrize("heads,window", [((8, 8), 12), ((8, 2), None)])
+def test_a_short_step_gpu(heads, window):
+    model = model_of(0, heads, window, dmc_fast, head_dim=16).to(DEVICE, torch.float32)
+    check_short_step(model, tokens_of(0, 4, 40).to(DEVICE))
 
 
 @on_gpu
