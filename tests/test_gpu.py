@@ -31,8 +31,8 @@ from nanodmc.pool import full_pages
 from nanodmc.settings import Settings
 from nanodmc.work_list import work_list
 from test_banded_average import accumulate_inputs, check_accumulate
-from test_dmc import check_cache, config_of, model_of, on_cpu
 from test_decisions import check_decisions
+from test_dmc import check_cache, config_of, model_of, on_cpu
 from test_engine import no_kernels_run  # noqa: F401
 from test_flash_attention import attend_inputs, check_attend
 from test_paged_cache import check_decode, paged
