@@ -574,7 +574,7 @@ class PagedCache(FastCache):
         for name in ("lengths", "ages", "table"):
             setattr(part, name, getattr(self, name)[:, rows])
         part.ages.zero_()
-        part.work = work_list(part.lengths.flatten(1), self.extra)
+        part.work = None                                         # a prompt of one token makes it
         for x in part.open.tensors():                            # of the sequence before
             x.zero_()
         return part
@@ -643,6 +643,8 @@ class PagedCache(FastCache):
         self.seen[layer] += 1
         if not self.kernels:
             return self.step_in_operations(layer, q, k, v, alpha, omega)
+        if self.work is None:
+            self.work = work_list(self.lengths.flatten(1), self.extra)
         if self.seen[layer] % 64 == 0 and layer == 0:
             self.share_work()
         q = self.update_in_kernel(layer, q, k, v, alpha, omega, decides)
