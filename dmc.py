@@ -359,12 +359,11 @@ class Attention(nn.Module):
             gain = 0.0
         if cache is not None:
             y = cache.attend(self.layer, q, k, v, alpha, omega)
+        elif alpha is not None:
+            k, v = self.accumulate(k, v, alpha, omega, self.config.window)
+            y = self.attend(q, k, v, keep, (cos, sin))
         else:
-            if alpha is not None:
-                k, v = self.accumulate(k, v, alpha, omega, self.config.window)
-                y = self.attend(q, k, v, keep, (cos, sin))
-            else:
-                y = self.attend(*(rotate_heads(x, cos, sin, gain) for x in (q, k)), v)
+            y = self.attend(*(rotate_heads(x, cos, sin, gain) for x in (q, k)), v)
         return self.o_proj(y.transpose(1, 2).flatten(2)), alpha
 
 
@@ -477,9 +476,8 @@ def worked_example():
         print(f"{t:2}  {text[t]:<8}{k[0, 0, t, 0]:6.2f}   {'1 (merge) ' if merge else '0 (append)'}"
               f"{omega[0, 0, t]:7.2f}  {shown}")
 
-    angles = rotary_table(config, T)
     k, v = accumulate(k, v, alpha, omega, config.window)
-    parallel = attend(rotate_heads(q, *angles, 0.0), rotate_heads(k, *angles, 0.0), v, keep)
+    parallel = attend(q, k, v, keep, rotary_table(config, T))
     difference = (parallel - torch.cat(stepwise, dim=2)).abs().max()
     print(f"\n{T} tokens in {cache.lengths.item()} slots: "
           f"compression ratio {cache.compression_ratio:.2f}.")
