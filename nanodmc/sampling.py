@@ -90,7 +90,7 @@ def sample(logits, temperature, top_k, top_p, seed, position, limits=None):
     """
     vocab = logits.size(-1)
     most, nucleus = (vocab, True) if limits is None else limits
-    key, bits = rising(logits)
+    key, bits = rising(logits) if most or nucleus else (None, None)
     scores = logits.double()
     scores = (scores - scores.amax(-1, keepdim=True)) / temperature[:, None].clamp(min=1e-30)
     if most:
