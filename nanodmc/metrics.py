@@ -10,7 +10,6 @@ import numpy as np
 from nanodmc.files import write_atomically
 from nanodmc.optim import flops_per_token, flops_share, peak_memory
 from nanodmc.parallel import rank_count, this_rank
-from nanodmc.phases import starting_config
 from nanodmc.records import curve_until
 from nanodmc.state import writing
 from nanodmc.tables import LOG_HEAD, Pace, log_line
@@ -19,12 +18,12 @@ from nanodmc.tables import LOG_HEAD, Pace, log_line
 class Metrics:
     """The file, in a run's folder, and what its lines follow from. The first rank alone writes it.
 
-    given: the folder of the checkpoint that the run starts from, or None.
+    config: the Config of the model that the run starts from.
     """
 
-    def __init__(self, out, settings, phases, given):
+    def __init__(self, out, settings, phases, config):
         self.path, self.settings, self.phases = out / "metrics.jsonl", settings, phases
-        self.flops = flops_per_token(starting_config(settings, given), settings.context)
+        self.flops = flops_per_token(config, settings.context)
         self.file = None
         self.checksum = 0                 # CRC-32 of its lines
         self.past = None                  # what led to the saved state: text and entries

@@ -63,6 +63,7 @@ class Run:
         if settings.init and not settings.random_weights:
             self.given = locate(settings.init).resolve()
         self.phases = plan(settings, self.given)
+        self.config = starting_config(settings, self.given)      # of the model to start from
         opening = self.check_model(memory)
         opening["text"] = self.read_text(before)
         if resume and before != self.key:
@@ -75,7 +76,7 @@ class Run:
         elif resume and (self.out / "state.json").exists():
             self.saved = read_state(self.out / "state.json", self.phases, ANEW)
         self.seconds_before = self.saved["seconds"]
-        self.metrics = Metrics(self.out, settings, self.phases, self.given)
+        self.metrics = Metrics(self.out, settings, self.phases, self.config)
         first_decides(lambda: self.metrics.read(self.saved, ANEW))
         self.wait()
         self.tidy()
@@ -94,7 +95,7 @@ class Run:
 
         Returns what there is to say of model and memory, by name.
         """
-        s, config = self.settings, starting_config(self.settings, self.given)
+        s, config = self.settings, self.config
         if s.batch % (self.ranks * (s.micro_batch or 1)):
             raise InputError(f"--batch {s.batch} cannot be shared by {self.ranks} cards with "
                              f"--micro-batch {s.micro_batch}; choose a multiple.")
@@ -178,7 +179,7 @@ class Run:
         if not (self.out / CHOICE).exists():
             self.write_json(CHOICE, asdict(make()))
             self.wait()
-        choice = read_choice(self.out, starting_config(self.settings, self.given), ANEW)
+        choice = read_choice(self.out, self.config, ANEW)
         show(f"rotary pair {choice.pair} is freed of one channel", "control")
         return choice
 
@@ -250,7 +251,6 @@ class Run:
     def seconds(self):
         """How long the run has taken, over all sittings."""
         return self.seconds_before + time.perf_counter() - self.started
-
 
 
 def open_run(given, options):
