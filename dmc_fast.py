@@ -22,7 +22,7 @@ import dmc
 from nanodmc.banded_average import BandedAverage, doubling_average
 from nanodmc.decisions import decide  # noqa: F401 - a Transformer asks for it
 from nanodmc.flash_attention import attend
-from nanodmc.launch import capturing, jit, power_of_2, tl, triton, uses_kernels
+from nanodmc.launch import capturing, in_kernels, jit, power_of_2, tl, triton, uses_kernels
 from nanodmc.mask_kernels import dense, laid_out, turn
 from nanodmc.padded_cache import CacheBytes, FastCache, PaddedCache, attend_pages
 from nanodmc.segment_average import segment_average
@@ -240,8 +240,7 @@ WIDEST_BAND = 32    # on a CPU; for wider windows doubling spans are faster
 def accumulate(k, v, alpha, omega, window=None):
     """dmc.accumulate: the averages of Eq. 9."""
     inputs, W = (k, v, alpha, omega), k.size(2) if window is None else min(window, k.size(2))
-    kernels = uses_kernels(k.device) and k.dtype == v.dtype != torch.float64
-    kernels = kernels and k.shape == v.shape and W > 0
+    kernels = in_kernels(k) and k.dtype == v.dtype and k.shape == v.shape and W > 0
     if kernels and window is not None and W <= WIDEST_WINDOW:
         return WindowedAverage.apply(*inputs, W)
     if kernels and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):

@@ -10,7 +10,7 @@ from __future__ import annotations  # kernels can be read, not run, where Triton
 import torch
 
 import dmc
-from nanodmc.launch import jit, tl, triton, uses_kernels
+from nanodmc.launch import in_kernels, jit, tl, triton
 
 TILE = 256          # tokens of a program
 
@@ -90,7 +90,7 @@ class Decisions(torch.autograd.Function):
 def decide(q, k, config, noise=False, position=0):
     """dmc.decide. Where kernels train, q and k must have gradients from attention as well."""
     trains = noise and position == 0 and torch.is_grad_enabled() and q.requires_grad
-    if not (trains and uses_kernels(k.device) and k.dtype != torch.float64):
+    if not (trains and in_kernels(k)):
         return dmc.decide(q, k, config, noise, position)
     found = {}
     alpha, keep, omega = Decisions.apply(q, k, config, noise, found)

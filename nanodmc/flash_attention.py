@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend
 import dmc
 from dmc import wide
 from nanodmc.large_scores import attend_in_blocks, too_large
-from nanodmc.launch import uses_kernels
+from nanodmc.launch import in_kernels
 from nanodmc.mask_kernels import (
     dense,
     mask_gradient_in_kernel,
@@ -152,7 +152,7 @@ class MaskedFlash(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, keep, scale, kind, angles=None):
         keep_next = F.pad(keep[..., 1:], (0, 1)).clamp_(min=LOWEST)   # what token t + 1 leaves to t
-        ctx.kernels = uses_kernels(q.device) and q.dtype != torch.float64
+        ctx.kernels = in_kernels(q)
         mask = masked_in_kernel if ctx.kernels else masked
         q, k, diagonal = mask(q, k, keep_next, angles, scale)
         v = dense(v)
@@ -191,7 +191,7 @@ def attend(q, k, v, keep=None, angles=None):
     if kind is None:                                     # on a GPU: fp32, or an odd head size
         return dmc.attend(q, k, v, keep, angles)
     if angles is not None:
-        if uses_kernels(q.device) and q.dtype != torch.float64:
+        if in_kernels(q):
             angles = tuple(x.to(torch.float32) for x in angles)
             return MaskedFlash.apply(q, k, v, keep, scale, kind, angles)
         q, k = (dmc.rotate_heads(x, *angles, gain=0.0) for x in (q, k))

@@ -22,6 +22,11 @@ def uses_kernels(device):
     return triton is not None and (torch.device(device or "cpu").type == "cuda" or INTERPRETED)
 
 
+def in_kernels(x):
+    """Whether kernels run for what is like the tensor x; there are none in fp64."""
+    return uses_kernels(x.device) and x.dtype != torch.float64
+
+
 def capturing(device):
     """Whether what runs on this device now becomes a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

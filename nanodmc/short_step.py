@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import dmc
-from nanodmc.launch import jit, power_of_2, tl, triton, uses_kernels
+from nanodmc.launch import in_kernels, jit, power_of_2, tl, triton
 from nanodmc.variants import of_model
 
 # ---------------------------------------------------------------------------------- two kernels
@@ -44,10 +44,6 @@ def silu_product_kernel(x, y, N, TILE: tl.constexpr):
     wide = gate.to(tl.float32)
     gate = (wide * tl.sigmoid(wide)).to(gate.dtype).to(tl.float32)
     tl.store(y + row * N + i, gate * up, mask=inside)
-
-
-def in_kernels(x):
-    return uses_kernels(x.device) and x.dtype != torch.float64
 
 
 def add_norm(x, y, norm):

@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import shlex
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -122,6 +123,14 @@ def interrupted(out, text, act, arguments=(), at=5):
     """A tiny run in which act(model) is called before step `at`. Returns its exit code."""
     with before_step(at, act):
         return train.main(["--out", str(out), "--data", text, *TINY, *arguments])
+
+
+def two_processes(script, *arguments):
+    """What became of a script that torchrun started twice: subprocess's CompletedProcess."""
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         *map(str, (script, *arguments))], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
 
 
 @contextlib.contextmanager

@@ -4,8 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from hypothesis import strategies as st
 
 import dmc
 import train
-from conftest import HERE, SHORT, TINY, curve, interrupted, refusal, same_weights
+from conftest import SHORT, TINY, curve, interrupted, refusal, same_weights, two_processes
 from nanodmc import checkpoint, control_pair
 from nanodmc.config import config_from_json, config_to_json
 from nanodmc.control_pair import Choice, apply, choose, expected_loss, lost, measure
@@ -188,10 +186,7 @@ def test_two_processes_choose_as_one_does(tmp_path, text):
                  "--retrofit-steps", "1", "--micro-batch", "1"]
     assert train.main(["--out", str(out[0]), *arguments]) == 0
     script.write_text(ONE_OF_TWO)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         str(script), "--out", str(out[1]), *arguments], capture_output=True, text=True,
-        timeout=120, env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+    done = two_processes(script, "--out", out[1], *arguments)
     assert done.returncode == 0, done.stderr
     one, two = (json.loads((path / "control-pair.json").read_text()) for path in out)
     assert one == two

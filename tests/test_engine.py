@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 import types
 
 import numpy as np
@@ -17,12 +15,13 @@ from torch.utils._pytree import tree_leaves
 import dmc
 import dmc_fast
 import generate
-from conftest import HERE, largest_error, lines_of
+from conftest import HERE, largest_error, lines_of, two_processes
 from dmc import Cache, Transformer
 from nanodmc import (
     checkpoint,
     decisions,
     flash_attention,
+    launch,
     mask_kernels,
     sampling,
     short_step,
@@ -343,9 +342,9 @@ class Launch:
 def no_kernels_run(monkeypatch):
     """Caches and functions choose their kernels, whose launches do nothing. A list of them."""
     launched = []
-    monkeypatch.setattr(flash_attention, "uses_kernels", lambda device: True)
+    for module in (launch, dmc_fast):
+        monkeypatch.setattr(module, "uses_kernels", lambda device: True)
     for module in (dmc_fast, mask_kernels, short_step, decisions):
-        monkeypatch.setattr(module, "uses_kernels", lambda device: True, raising=False)
         monkeypatch.setattr(module, "triton", types.SimpleNamespace(cdiv=lambda a, b: -(-a // b)))
         for name in vars(module).copy():
             if name.endswith("_kernel") and not name.endswith("_in_kernel"):
@@ -493,10 +492,8 @@ def test_two_ranks_are_one_model(tmp_path, one_thread, capsys):
     torch.save(tokens, tmp_path / "tokens.pt")
     (tmp_path / "rank.py").write_text(RANK_SCRIPT)
     seven_pages = [*many, "1.6e-5", "--out", str(tmp_path / "two.jsonl")]     # for 2 heads
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         tmp_path / "rank.py", HERE, tmp_path / "model", tmp_path,
-         json.dumps([*commands, seven_pages])], capture_output=True, text=True, timeout=120)
+    run = two_processes(tmp_path / "rank.py", HERE, tmp_path / "model", tmp_path,
+                        json.dumps([*commands, seven_pages]))
     assert run.returncode == 0, run.stderr
     for command in (*commands, [*many, "1", "--out", str(tmp_path / "one.jsonl")]):
         assert generate.main(command) == 0

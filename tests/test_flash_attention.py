@@ -190,7 +190,7 @@ def test_stock_flash_attention_is_taken_for_head_sizes_that_it_takes(prefers, D)
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_prompt_goes_through_flash_rather_than_cudnn(monkeypatch, prefers, keep):
     """cuDNN would make a plan for each new length. Training has one length, and keeps cuDNN."""
-    monkeypatch.setattr(flash_attention, "uses_kernels", lambda _: False)
+    monkeypatch.setattr(flash_attention, "in_kernels", lambda _: False)
 
     def called(flash):
         prefers(SDPBackend.CUDNN_ATTENTION, flash)

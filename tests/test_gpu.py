@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import dmc
 import dmc_fast
@@ -36,7 +34,7 @@ from test_dmc import check_cache, config_of, model_of, on_cpu
 from test_engine import no_kernels_run  # noqa: F401
 from test_flash_attention import attend_inputs, check_attend
 from test_paged_cache import check_decode, paged
-from test_short_step import check_short_step, tokens_of
+from test_short_step import Moves, check_short_step, tokens_of
 
 GPU = torch.cuda.is_available()
 DEVICE, HALF = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
@@ -334,24 +332,6 @@ def test_speed_without_a_gpu(note):
 
 
 # ------------------------------------------------------- what a layer's attention moves in training
-
-class Moves(TorchDispatchMode):
-    """PyTorch's operators that read or write elements, with their bytes; no views."""
-
-    def __init__(self):
-        super().__init__()
-        self.moved = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **kwargs or {})
-        name = func._schema.name.removeprefix("aten::")
-        views = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
-        if not views and not name.startswith(("empty", "new_empty", "detach", "_unsafe_view")):
-            tensors = [x for x in tree_leaves((args, kwargs or {}, out))
-                       if isinstance(x, torch.Tensor)]
-            self.moved.append((name, sum(x.nbytes for x in tensors)))
-        return out
-
 
 @on_cpu
 @pytest.mark.parametrize("backend", ["flash", "cudnn"])

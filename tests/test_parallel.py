@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,7 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train
-from conftest import HERE, SHORT, TINY, PowerCut, curve, dies, interrupted, snapshot, summary
+from conftest import (
+    HERE,
+    SHORT,
+    TINY,
+    PowerCut,
+    curve,
+    dies,
+    interrupted,
+    snapshot,
+    summary,
+    two_processes,
+)
 from dmc import Transformer, rotary_table
 from nanodmc import checkpoint, parallel
 from nanodmc.locks import Lock
@@ -44,10 +53,7 @@ def test_two_processes_train_like_one_and_resume_each_others_state(tmp_path, tex
         interrupted(out, text, dies, arguments[2:], at=8)
     assert json.loads((out / "state.json").read_text())["tensors"] == "state-2-2"
     script.write_text(TWO_PROCESSES)
-    two = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         str(script), "--resume", "--out", str(out)], capture_output=True, text=True, timeout=120,
-        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+    two = two_processes(script, "--resume", "--out", out)
     state = json.loads((out / "state.json").read_text())
     assert "power cut" in two.stderr and state["tensors"] == "state-4-2", two.stderr
     assert train.main(["--out", str(out), "--resume"]) == 0
@@ -64,10 +70,7 @@ def test_every_rank_hears_that_another_process_writes(tmp_path, finished, text):
     out = shutil.copytree(finished, tmp_path / "run")
     before = snapshot(out)
     with Lock(out / ".lock", "the run"):
-        two = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-             "2", str(HERE / "train.py"), "--resume", "--out", str(out)], capture_output=True,
-            text=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        two = two_processes(HERE / "train.py", "--resume", "--out", out)
     assert two.returncode and f"is being written by process {os.getpid()}" in two.stderr
     assert two.stderr.count("is being written by") == 2
     assert snapshot(out) == before

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dmc
 import dmc_fast
@@ -115,22 +116,22 @@ def check_short_step(model, tokens):
 
 # ------------------------------------------------------------------------------------- launches
 
-NO_WORK = "empty", "new_empty", "empty_like", "detach", "_unsafe_view"
-
-
-class Launches(TorchDispatchMode):
-    """Counts PyTorch's operators that work on elements: neither views nor empty tensors."""
+class Moves(TorchDispatchMode):
+    """PyTorch's operators that read or write elements, with their bytes; no views."""
 
     def __init__(self):
         super().__init__()
-        self.names = []
+        self.moved = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
         name = func._schema.name.removeprefix("aten::")
         views = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
-        if not views and name not in NO_WORK:
-            self.names.append(name)
-        return func(*args, **kwargs or {})
+        if not views and not name.startswith(("empty", "new_empty", "detach", "_unsafe_view")):
+            tensors = [x for x in tree_leaves((args, kwargs or {}, out))
+                       if isinstance(x, torch.Tensor)]
+            self.moved.append((name, sum(x.nbytes for x in tensors)))
+        return out
 
 
 @on_cpu
@@ -143,9 +144,9 @@ def test_a_layer_of_a_step_takes_few_launches(no_kernels_run, heads, measured): 
         cache.ages[:], cache.lengths[:], cache.seen = 5, 3, [5] * layers
         step = make(model)
         no_kernels_run.clear()
-        with torch.no_grad(), Launches() as mode:
+        with torch.no_grad(), Moves() as moves:
             step(tokens_of(0, 2, 1), cache)
-        return [*mode.names, *no_kernels_run]
+        return [*(name for name, _ in moves.moved), *no_kernels_run]
 
     def of_a_layer(make):
         return len(launches(3, make)) - len(launches(2, make))
