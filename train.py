@@ -39,9 +39,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import dmc
-from nanodmc import control_pair
 from nanodmc.baselines import pooling_cache
-from nanodmc.checkpoint import load, random_model
+from nanodmc.checkpoint import random_model
 from nanodmc.cli import OPS, Parser, number, provenance, run_command
 from nanodmc.config import shape
 from nanodmc.evaluate import evaluate
@@ -69,10 +68,11 @@ from nanodmc.phases import Phase
 from nanodmc.plots import plot_runs
 from nanodmc.runs import open_run
 from nanodmc.settings import PRESETS, add_flags, new_settings, ratios
+from nanodmc.starts import build, teacher_of
 from nanodmc.stopping import Stopped, end_at_signals, heeded
 from nanodmc.tables import averaged, show
-from nanodmc.text import batch, first_sequences
-from nanodmc.variants import VARIANTS, compression_term, group_heads
+from nanodmc.text import batch
+from nanodmc.variants import VARIANTS, compression_term
 
 interrupts.catch()
 
@@ -222,40 +222,6 @@ def train_step(model, optimizer, phase, step, passes, s, teacher=None):
     for row, old in zip(rows, before, strict=True):      # these rows take larger steps
         row.copy_(torch.lerp(old, row, s.channel_lr_factor))
     return StepFigures(loss, kl, 1 / mean(slots).item(), (1 / mean(head_slots)).tolist())
-
-
-# ----------------------------------------------------------------------------- model and batches
-
-def build(run, phase):
-    """The model that a phase starts with."""
-    s, ops = run.settings, OPS[run.settings.ops]
-    if phase.start is not None:
-        run.check_weights(phase.start)
-        own = (run.device, s.dtype) if run.ranks == 1 else (None, None)   # else layer by layer
-        choice = run.choice(lambda: choose_pair(run, phase)) if phase.chooses else None
-        moved = {"control_pair": choice.pair} if choice else {}
-        model = load(run.out / phase.start, ops, *own, **s.method(phase.dmc), **moved)
-        if choice:
-            control_pair.apply(choice, model)
-        if phase.grouped > 1:
-            model = group_heads(model, phase.grouped, ops)
-    else:
-        torch.manual_seed(s.seed)
-        model = (random_model(shape(s.init), ops, dtype=s.dtype) if s.init
-                 else dmc.Transformer(s.small_config(), ops).to(s.dtype))
-    return ready(model, s, run.device, run.recompute)
-
-
-def choose_pair(run, phase):
-    """The Choice of the control channels, by the first tokens that a phase reads."""
-    plain = build(run, replace(run.phases[0], start=phase.start))
-    return control_pair.choose(plain, first_sequences(
-        run.train_tokens, run.settings, phase.position, run.device))
-
-
-def teacher_of(run):
-    """The model before its retrofit, whose logits are what a taught phase aims at."""
-    return build(run, replace(run.phases[0], start=run.phases[1].start))
 
 
 def passes(run, index, step):

@@ -7,6 +7,8 @@ from nanodmc.config import read_config, shape
 from nanodmc.files import InputError
 from nanodmc.variants import VARIANTS, check_groups
 
+FIRST_CR = 1.25     # about the CR that decisions start with where they were fitted
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -21,6 +23,7 @@ class Phase:
     dmc: bool = True
     fade: bool = False               # Eq. 12
     chooses: bool = False            # whether it begins with the choice of the control channels
+    fits: bool = False               # whether it begins with fitted decisions
     cr: tuple | None = None          # target CR before the first step and after the last
     keep: dict = field(default_factory=dict)    # steps done -> folder of the model kept then
     grouped: int = 1                 # of GQA: how many key-value heads become one at its beginning
@@ -70,7 +73,8 @@ def plan(s, given=None):
     pretrain_steps = 0 if s.init else s.pretrain_steps
     start = str(given) if given else "pretrained"
     free_at, retrofit_at = pretrain_steps, pretrain_steps + s.free_steps
-    reach = {cr: max(1, round(s.retrofit_steps * (cr - 1) / max(s.cr - 1, 1e-9)))
+    lowest = FIRST_CR if s.fit_decisions else 1.0
+    reach = {cr: max(1, round(s.retrofit_steps * (cr - lowest) / max(s.cr - lowest, 1e-9)))
              for cr in s.kept()}
     if len(set(reach.values())) < len(reach):
         raise InputError(f"two of the CRs to keep, {', '.join(f'{cr:g}' for cr in reach)}, fall on "
@@ -89,7 +93,7 @@ def plan(s, given=None):
             Phase("free", start, "freed", s.free_steps, free_at, 0, s.lr, fade=True,
                   chooses=s.choose_pair, taught=taught),
             Phase("retrofit", "freed", None, s.retrofit_steps, retrofit_at, 0, s.lr,
-                  cr=(1.0 if rises else s.cr, s.cr), taught=taught,
+                  fits=s.fit_decisions, cr=(lowest if rises else s.cr, s.cr), taught=taught,
                   keep={step: f"retrofit-{cr:g}" for cr, step in reach.items()})]
         phases += [solidified(s, cr, retrofit_at, reach[cr], control) for cr in s.solidified()]
     return [*phases, Phase("control", out="control", **plain)] if control else phases

@@ -11,7 +11,7 @@ from nanodmc.checkpoint import locate
 from nanodmc.cli import OPS
 from nanodmc.config import SHAPES, checked_config, read_config, shape
 from nanodmc.files import InputError, is_number
-from nanodmc.phases import plan
+from nanodmc.phases import FIRST_CR, plan
 from nanodmc.records import damaged, read_sealed
 from nanodmc.variants import VARIANTS
 
@@ -132,6 +132,10 @@ class Settings:
     choose_pair: bool = setting(
         "method", False, "before channel 0 fades, make it the one of all rotary pairs, turned, "
         "that scores miss least; the paper takes it as it is", action="store_true")
+    fit_decisions: bool = setting(
+        "method", False, f"start the retrofit at CR {FIRST_CR:g}, with decisions fitted to what "
+        "merging costs on 65,536 tokens; in the paper every token appends at first",
+        action="store_true")
     window: int = setting("method", 12, "w: tokens that an average covers at most; 0: the whole "
                           "segment")
     tau: float = setting("method", 0.2, "temperature of Eq. 8", 0.1)
@@ -170,7 +174,7 @@ class Settings:
             check_type(f, getattr(self, f.name))
         may_be_zero = {"seed", "micro_batch", "pretrain_steps", "channel_lr_factor", "cr_weight",
                        "window", "c", "warmup", "weight_decay", "random_weights", "control",
-                       "distill", "choose_pair"}
+                       "distill", "choose_pair", "fit_decisions"}
         numbers = {f.name: getattr(self, f.name) for f in fields(self)
                    if isinstance(getattr(self, f.name), int | float)}
         for name, value in numbers.items():
@@ -205,8 +209,12 @@ class Settings:
         if not VARIANTS[self.variant].annealed and self.kept() != [self.cr]:
             raise InputError(f"--variant {self.variant} has its CR from the first step on, so it "
                              "keeps one model; leave out --keep.")
-        if not all(1 <= cr <= self.cr for cr in self.kept()):
-            raise InputError(f"--keep {spelled(self.keep)} leaves the range from 1 to "
+        lowest = FIRST_CR if self.fit_decisions else 1
+        if self.fit_decisions and (self.variant != "dmc" or self.cr <= lowest):
+            raise InputError(f"--fit-decisions starts DMC at CR {lowest:g}; give a --cr above it "
+                             "and no --variant, or leave it out.")
+        if not all(lowest <= cr <= self.cr for cr in self.kept()):
+            raise InputError(f"--keep {spelled(self.keep)} leaves the range from {lowest:g} to "
                              f"--cr {self.cr:g}.")
         if not set(self.solidified()) <= set(self.kept()):
             raise InputError(f"--solidify {spelled(self.solidify)} names a CR at which no model is "
@@ -258,9 +266,9 @@ PRESETS = {
     "llama2-13b": PAPER,
     "llama2-70b": {**PAPER, "lr": 1.5e-5},
     "few-tokens": {**PAPER, "context": 512, "batch": 4, "micro_batch": 4, "free_steps": 20,
-                   "retrofit_steps": 210, "solidify_steps": 50, "distill": 1.0, "choose_pair": True,
-                   "tau": 0.5, "c": 3.0, "final_noise": 0.1, "cr_weight": 3.0, "lr": 2e-4,
-                   "channel_lr_factor": 25.0, "eval_sequences": 64}}
+                   "retrofit_steps": 140, "solidify_steps": 40, "distill": 1.0, "choose_pair": True,
+                   "fit_decisions": True, "tau": 0.5, "c": 3.0, "final_noise": 0.1,
+                   "cr_weight": 3.0, "lr": 1e-4, "channel_lr_factor": 6.0, "eval_sequences": 64}}
 CHANGEABLE = {"lr", "clip", "save_every", "log_every", "solidify"}      # when a run is resumed
 
 

@@ -33,7 +33,7 @@ from conftest import (
     summary,
 )
 from dmc import Transformer
-from nanodmc import optim
+from nanodmc import first_decisions, optim, starts
 from nanodmc.checkpoint import load
 from nanodmc.parallel import control_rows
 from nanodmc.phases import plan
@@ -126,8 +126,8 @@ def test_the_model_chooses_the_preset(plain):
             f"--init {plain}": (3e-5, 64, 64, [2, 3]),
             f"--init {plain} --context 32": (3e-5, 64, 32, [2, 3]),
             f"--init {plain} --preset laptop": (1e-3, 8, 64, [2, 3, 4]),
-            f"--init {plain} --preset few-tokens": (2e-4, 4, 64, [2, 3, 4]),
-            "--init llama2-7b --preset few-tokens --keep 2,4": (2e-4, 4, 512, [2, 4])}.items():
+            f"--init {plain} --preset few-tokens": (1e-4, 4, 64, [2, 3, 4]),
+            "--init llama2-7b --preset few-tokens --keep 2,4": (1e-4, 4, 512, [2, 4])}.items():
         given, options = train.parse(arguments.split())
         s = new_settings(given, options.preset)
         assert (s.lr, s.batch, s.context, s.kept()) == expected
@@ -230,18 +230,21 @@ def alive(monkeypatch):
 
     for f in (ready, new_optimizer, evaluate):
         monkeypatch.setattr(train, f.__name__, f)
+    monkeypatch.setattr(starts, "ready", ready)
     monkeypatch.setattr(gc, "collect", lambda *_: 0)
     gc.disable()
     yield held, still
     gc.enable()
 
 
-@pytest.mark.parametrize("precision", [[], LEAN, ["--precision", "bf16"]])
-def test_a_phase_releases_what_it_held(tmp_path, text, alive, precision):
+@pytest.mark.parametrize("flags", [[], LEAN, ["--precision", "bf16"],
+                                   ["--choose-pair", "--fit-decisions"]])
+def test_a_phase_releases_what_it_held(tmp_path, text, alive, monkeypatch, flags):
     """Weights, gradients, their sums and moments are gone before the next phase builds its own."""
     held, still = alive
+    monkeypatch.setattr(first_decisions, "TOKENS", 512)
     out = ["--out", str(tmp_path / "run"), "--data", text]
-    assert train.main([*out, *TINY, *SHORT, *precision]) == 0
+    assert train.main([*out, *TINY, *SHORT, *flags]) == 0
     assert len(held["models"]) > 6 * 10 and len(held["states"]) > 5 * 10
     assert not still("models") and not still("states")
 
