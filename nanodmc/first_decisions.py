@@ -27,7 +27,7 @@ from nanodmc.losses import language_loss
 
 TOKENS = 2 ** 16     # that costs are measured on; fewer fit the noise
 SHARPNESS = 2.0      # the logit of a decision is so many times log(price / cost)
-CHEAP = 0.4          # share of all tokens and heads that cost less than the price
+CHEAP = 0.5          # share of all tokens and heads that cost less than the price
 LEAST = 0.05         # of 1 - p_it in a cost, which a single score would rule otherwise
 STEPS, SAMPLES, RATE, DECAY = 300, 1024, 0.02, 0.01                  # of Adam, in the fits
 

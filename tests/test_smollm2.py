@@ -20,7 +20,8 @@ import generate
 import train
 from conftest import HERE, TEXTS, curve, largest_error, oracle
 from dmc import Config, Transformer
-from nanodmc import checkpoint, control_pair, sampling, text
+from nanodmc import checkpoint, control_pair, first_decisions, sampling, text
+from nanodmc.parallel import control_rows
 from nanodmc.settings import Settings
 from nanodmc.tokenizer import Tokenizer
 from test_tokenizer import assert_same_tokens
@@ -161,6 +162,61 @@ def test_smollm2_hardly_misses_the_channels_that_are_chosen(smollm2, english, me
     figures = {"as it is": divergence(None), f"pair {choice.pair}, chosen": divergence(choice)}
     measured["nats per token that freeing channel 0 costs, untrained"] = figures
     assert figures[f"pair {choice.pair}, chosen"] < 0.1 * figures["as it is"]
+
+
+@pytest.fixture
+def freed(smollm2, english):
+    """SmolLM2 freed of the chosen channel, and pieces of 512 tokens (1, T)."""
+    ids = Tokenizer.from_folder(smollm2).encode(english[:600_000])
+    pieces = list(torch.tensor(ids[:len(ids) // 512 * 512]).view(-1, 1, 512))
+    plain = checkpoint.load(smollm2, dmc_fast, dmc=False)
+    choice = control_pair.choose(plain, pieces[-16:])
+    model = checkpoint.load(smollm2, dmc_fast, dmc=True, c=3.0, control_pair=choice.pair)
+    control_pair.apply(choice, model)
+    with torch.no_grad():
+        for row in control_rows(model):
+            row.zero_()
+    return model, pieces
+
+
+def test_smollm2_fitted_decisions_cost_less_than_others(freed, smollm2, monkeypatch, measured):
+    """As the KL divergence to the model given at some CR, before any training."""
+    model, pieces = freed
+    texts, pieces = torch.cat(pieces[:8]), pieces[8:]
+    plain = checkpoint.load(smollm2, dmc_fast, dmc=False)
+
+    @torch.no_grad()
+    def figures():
+        kl, slots = [], []
+        for x in texts.split(4):
+            p = plain(x)[0].float().log_softmax(-1)
+            logits, alpha = model(x)
+            kl.append((p.exp() * (p - logits.float().log_softmax(-1))).sum(-1).mean())
+            slots.append(1 - alpha.mean())
+        return {"cr": 1 / torch.stack(slots).mean().item(), "kl": torch.stack(kl).mean().item()}
+
+    sizes = [2 ** n for n in range(13, 17)] if "DMC_RESULTS" in os.environ else [8192]
+    seen = [first_decisions.measure(model, x) for x in pieces[:sizes[-1] // 512]]
+    monkeypatch.setattr(first_decisions, "measure", lambda model, x: x)
+    found = {}
+    for size in sizes:
+        first_decisions.apply(first_decisions.fit(model, seen[:size // 512]), model)
+        found[f"fitted on {size:,} tokens"] = figures()
+    last = found[f"fitted on {sizes[-1]:,} tokens"]
+    rate = 1 - 1 / last["cr"]
+
+    def at_random(q, k, config, noise, position):
+        alpha = (torch.rand(k[..., 0].shape) < rate).float()
+        alpha[..., 0] = 0
+        return alpha, torch.where(alpha > 0, -torch.inf, 0.0), torch.ones_like(alpha)
+
+    torch.manual_seed(0)
+    for layer in model.layers:
+        layer.self_attn.decide = at_random
+    found["as often, at random"] = figures()
+    measured["nats per token that merging costs, untrained"] = found
+    assert found["as often, at random"]["cr"] == pytest.approx(last["cr"], rel=0.02)
+    assert last["cr"] > 1.15 and last["kl"] < 0.5 * found["as often, at random"]["kl"]
 
 
 def test_smollm2_is_retrofitted(smollm2, smollm2_pair, english, tmp_path, capsys):
