@@ -34,7 +34,7 @@ STEPS, SAMPLES, RATE, DECAY = 300, 1024, 0.02, 0.01                  # of Adam, 
 
 class Seen(NamedTuple):
     """What one layer did with one sequence of T tokens."""
-    x: torch.Tensor            # input of the projections (T, dim)
+    x: torch.Tensor            # input of the projections (T, dim), in the host's memory
     cost: torch.Tensor         # of forgetting a token (T, G)
     weight: torch.Tensor       # sum_i p_it^2 (T, G)
 
@@ -113,7 +113,7 @@ def costs(config, x, q, k, v, y, gradient):
     future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
     p = scores.masked_fill(future, -torch.inf).softmax(-1)
     change = p / (1 - p).clamp(min=LEAST) * ((g * o).sum(-1, keepdim=True) - g @ v.mT)
-    return Seen(x[0], (change ** 2).sum((1, 2)).T / 2, (p ** 2).sum((1, 2)).T)
+    return Seen(x[0].cpu(), (change ** 2).sum((1, 2)).T / 2, (p ** 2).sum((1, 2)).T)
 
 
 # -------------------------------------------------------------------------------- what is fitted
@@ -124,15 +124,15 @@ def predictor(x, target, offset):
     x (N, dim), target (N, n), not negative; offset a number. With z = x w + offset, it minimizes
     target * softplus(-z) + softplus(z), whose minimum is where exp(z) = target, and weight decay.
     """
-    scale = dmc.wide(x).square().mean(0).sqrt() + 1e-6
-    w = torch.zeros(x.size(1), target.size(1), device=x.device, requires_grad=True)
+    scale = (dmc.wide(x).square().mean(0).sqrt() + 1e-6).to(target.device)
+    w = torch.zeros(x.size(1), target.size(1), device=target.device, requires_grad=True)
     optimizer = torch.optim.Adam([w], lr=RATE)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
         some = order.roll(-step * SAMPLES)[:SAMPLES]
-        z = dmc.wide(x[some]) / scale @ w + offset
-        loss = (target[some] * F.softplus(-z) + F.softplus(z)).mean(0).sum()
+        z = dmc.wide(x[some].to(target.device)) / scale @ w + offset
+        loss = (target[some.to(target.device)] * F.softplus(-z) + F.softplus(z)).mean(0).sum()
         w.grad, = torch.autograd.grad(loss + DECAY * w.square().sum(), w)
         optimizer.step()
     return (w.detach() / scale[:, None]).T

@@ -16,6 +16,7 @@ import train
 from conftest import SHORT, TINY, curve, interrupted, refusal, same_weights, two_processes
 from nanodmc import first_decisions
 from nanodmc.first_decisions import LEAST, apply, fit, measure, predictor
+from nanodmc.optim import recompute_layers
 from nanodmc.phases import FIRST_CR, plan
 from nanodmc.settings import Settings
 from test_dmc import assert_close, both, groups, model_of, seeds
@@ -77,6 +78,13 @@ def test_a_cost_is_what_each_query_loses_without_the_token(ops, seed, heads):
     h = model.layers[0].input_layernorm(model.embed_tokens(x))
     assert_close(seen[0].x, h[0])
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_costs_are_the_same_where_layers_are_computed_again():
+    model, again = model_of(1, (4, 2)), model_of(1, (4, 2))
+    recompute_layers(again)
+    for ours, theirs in zip(measure(again, tokens()), measure(model, tokens()), strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
 @given(seeds, st.floats(-1, 1))
