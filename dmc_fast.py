@@ -26,6 +26,7 @@ from nanodmc.launch import capturing, in_kernels, jit, power_of_2, tl, triton, u
 from nanodmc.mask_kernels import dense, laid_out, turn
 from nanodmc.padded_cache import CacheBytes, FastCache, PaddedCache, attend_pages
 from nanodmc.segment_average import segment_average
+from nanodmc.strips import Strips
 from nanodmc.work_list import BLOCK, work_list
 
 # ---------------------------------------------------------------------------------- accumulate
@@ -455,9 +456,13 @@ class PagedCache(FastCache):
 
     Without kernels, keys and values that no slot uses are zero: what is masked is multiplied by 0,
     and 0 times NaN is NaN. So what is wrong with one sequence stays there.
+
+    strips: on a CPU without kernels, slots are in Strips, from where no step gathers them. The pool
+    is then nothing but numbers, which count what may be used. Needs `pages`.
     """
 
-    def __init__(self, config, batch, device=None, dtype=torch.float32, page_size=16, pages=None):
+    def __init__(self, config, batch, device=None, dtype=torch.float32, page_size=16, pages=None,
+                 strips=False):
         super().__init__(config, batch, device, dtype, accumulate)
         if page_size not in (16, 32, 64):
             raise ValueError(f"page_size is {page_size}; choose 16, 32 or 64")
@@ -473,6 +478,8 @@ class PagedCache(FastCache):
         self.pool_k, self.pool_v = (torch.zeros(1, page_size, D, device=device, dtype=dtype)
                                     for _ in range(2))
         self.room = {}                                           # of a step without kernels
+        strips = strips and not (self.kernels or on_gpu)
+        self.strips = Strips(L, B, G, config.max_seq_len, D, dtype=dtype) if strips else None
         self.add_pages(self.lengths.numel() if self.grows else pages)
         self.know_positions(config.max_seq_len, device)
         processors = 1
@@ -489,8 +496,9 @@ class PagedCache(FastCache):
     @property
     def bytes(self):
         slot = 2 * self.config.head_dim * self.dtype.itemsize
-        tensors = self.pool_k, self.pool_v, self.table, self.free, *self.open.tensors()
-        return CacheBytes(self.lengths.sum().item() * slot, sum(x.nbytes for x in tensors))
+        pool = slot * self.page_size * (1 + len(self.free))
+        tensors = self.table, self.free, *self.open.tensors()
+        return CacheBytes(self.lengths.sum().item() * slot, pool + sum(x.nbytes for x in tensors))
 
     @property
     def compression_ratio(self):
@@ -504,13 +512,14 @@ class PagedCache(FastCache):
         """A pool with so many more free pages. Does not wait for a GPU."""
         pages = len(self.free)
         make = torch.empty if self.kernels else torch.zeros      # operations read what they mask
-        for name in ("pool_k", "pool_v"):
+        for name in () if self.strips else ("pool_k", "pool_v"):
             old = getattr(self, name)
             new = make(1 + pages + more, *old.shape[1:], device=old.device, dtype=old.dtype)
             new[:len(old)] = old
             setattr(self, name, new)
-        added = torch.arange(pages + 1, pages + more + 1, dtype=torch.int32, device=old.device)
-        free, at = F.pad(self.free, (0, more)), self.left + torch.arange(more, device=old.device)
+        device = self.free.device
+        added = torch.arange(pages + 1, pages + more + 1, dtype=torch.int32, device=device)
+        free, at = F.pad(self.free, (0, more)), self.left + torch.arange(more, device=device)
         self.free, self.left = free.scatter(0, at, added), self.left + more
 
     def make_room(self, tokens):
@@ -554,7 +563,9 @@ class PagedCache(FastCache):
         at = (left + i) % total
         self.free[at] = torch.where(i < freed, pages, self.free[at])
         self.left.copy_(left + freed)
-        if not self.kernels:                                     # NaN would survive the next mask
+        if self.strips:
+            self.strips.forget(rows, self.lengths)
+        elif not self.kernels:                                   # NaN would survive the next mask
             for pool in (self.pool_k, self.pool_v):
                 pool[pages[:freed]] = 0
         self.lengths[:, rows], self.ages[:, rows], self.table[:, rows] = 0, -1, 0
@@ -572,6 +583,7 @@ class PagedCache(FastCache):
         part.__dict__.update(self.__dict__, seen=[0] * len(self.seen), open=self.open.rows(rows))
         for name in ("lengths", "ages", "table"):
             setattr(part, name, getattr(self, name)[:, rows])
+        part.strips = self.strips and self.strips.rows(rows)
         part.ages.zero_()
         part.work = None                                         # a prompt of one token makes it
         for x in part.open.tensors():                            # of the sequence before
@@ -598,6 +610,9 @@ class PagedCache(FastCache):
 
         The others go to the spare page, as zeros.
         """
+        if self.strips:
+            self.strips.write(layer, slot, written, k, v)
+            return
         page = self.table[layer].gather(-1, (slot // self.page_size).clamp(min=0)).long()
         at = page * self.page_size + slot % self.page_size
         at = torch.where(written, at, 0).flatten()
@@ -686,8 +701,9 @@ class PagedCache(FastCache):
         self.write(layer, slot[..., None], running[..., None], k, v)
         self.lengths[layer] += appends.int()
         self.ages[layer] += running.int()
-        y = attend_pages(q, self.pool_k, self.pool_v, self.table[layer], self.lengths[layer],
-                         self.room)
+        y = (self.strips.attend(layer, q, self.lengths[layer]) if self.strips else
+             attend_pages(q, self.pool_k, self.pool_v, self.table[layer], self.lengths[layer],
+                          self.room))
         return y.masked_fill(~running[:, :1, None, None], 0)
 
 

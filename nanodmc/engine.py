@@ -76,7 +76,7 @@ class Engine:
                              "raise --cache-gb.")
         device, pages = weight.device, full_pages(config, rows) if pages is None else pages
         cache_class = cache_class or paged_cache(config)
-        self.cache = cache_class(config, rows, device, weight.dtype, pages=pages)
+        self.cache = cache_class(config, rows, device, weight.dtype, pages=pages, strips=True)
         self.cache.release(slice(None))
         self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)   # for the next step
         self.settings = [torch.zeros(rows, dtype=x, device=device) for x in SETTINGS.values()]

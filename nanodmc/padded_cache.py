@@ -148,8 +148,10 @@ class FastCache:
 
 def attend_used(q, keys, values, lengths):
     """Attention of q (B, H, 1, D) over the first lengths (B, G) of keys, values (B, G, S, D)."""
-    used = torch.arange(keys.size(2), device=q.device) < lengths[..., None]
-    used = used.repeat_interleave(q.size(1) // keys.size(1), dim=1)[:, :, None]      # (B, H, 1, S)
+    used = None
+    if lengths.min() < keys.size(2):
+        used = torch.arange(keys.size(2), device=q.device) < lengths[..., None]
+        used = used.repeat_interleave(q.size(1) // keys.size(1), dim=1)[:, :, None]  # (B, H, 1, S)
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=used,
                                           enable_gqa=q.size(1) != keys.size(1))
 
