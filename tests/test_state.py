@@ -177,7 +177,7 @@ def test_odd_settings_are_refused(out, capsys):
     for name in record["settings"]:
         for value in (True, 10 ** 30, "x", {}, [[None]]):
             if (name, value) in (("init", "x"), ("field", "x")) or value is True and name in (
-                    "control", "random_weights", "choose_pair"):
+                    "control", "random_weights", "choose_pair", "fit_decisions"):
                 continue
             changed = record["settings"] | {name: value}
             write_sealed(out / "run.json", record | {"settings": changed})
