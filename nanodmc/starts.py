@@ -23,12 +23,12 @@ def build(run, phase):
         own = (run.device, s.dtype) if run.ranks == 1 else (None, None)   # else layer by layer
         choice = run.choice(lambda: choose_pair(run, phase)) if phase.chooses else None
         moved = {"control_pair": choice.pair} if choice else {}
-        fits = phase.fits and not run.saved["tensors"]          # which hold the decisions by then
+        fits = phase.fits and not run.saved["tensors"]          # which hold what became of them
         decisions = fit_decisions(run, phase) if fits else None
         model = load(run.out / phase.start, ops, *own, **s.method(phase.dmc), **moved)
         if choice:
             control_pair.apply(choice, model)
-        if fits:
+        if decisions:
             first_decisions.apply(decisions, model)
         if phase.grouped > 1:
             model = group_heads(model, phase.grouped, ops)
