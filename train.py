@@ -307,7 +307,7 @@ def parse(argv):
                        "and begin the first phase anew whose results are not whole")
     group.add_argument("--preset", choices=PRESETS, metavar="NAME", help="which defaults: "
                        "laptop; llama2-7b, -13b, -70b (the paper's); given (the paper's settings, "
-                       "in 600 steps of 64 sequences); few-tokens (distillation, 0.4 M tokens to "
+                       "in 600 steps of 64 sequences); few-tokens (distillation, 0.6 M tokens to "
                        "CR 4) [with --init the one that it names, else given; else laptop]")
     group.add_argument("--memory", type=number(1e-6, 1e6), metavar="GB",
                        help="what each card may hold [what is free]")

@@ -266,9 +266,9 @@ PRESETS = {
     "llama2-13b": PAPER,
     "llama2-70b": {**PAPER, "lr": 1.5e-5},
     "few-tokens": {**PAPER, "context": 512, "batch": 4, "micro_batch": 4, "free_steps": 20,
-                   "retrofit_steps": 140, "solidify_steps": 40, "distill": 1.0, "choose_pair": True,
-                   "fit_decisions": True, "tau": 0.5, "c": 3.0, "final_noise": 0.1,
-                   "cr_weight": 3.0, "lr": 1e-4, "channel_lr_factor": 6.0, "eval_sequences": 64}}
+                   "retrofit_steps": 210, "solidify_steps": 50, "distill": 1.0, "choose_pair": True,
+                   "tau": 0.5, "c": 3.0, "final_noise": 0.1, "cr_weight": 3.0, "lr": 2e-4,
+                   "channel_lr_factor": 25.0, "eval_sequences": 64}}
 CHANGEABLE = {"lr", "clip", "save_every", "log_every", "solidify"}      # when a run is resumed
 
 

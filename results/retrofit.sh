@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A pretrained model retrofitted with few tokens: DMC at CR 2, 3 and 4, and the control.
 #
-#     results/retrofit.sh cpu MODEL TEXT...    SmolLM2-135M on a CPU: 0.4 M tokens to CR 4
+#     results/retrofit.sh cpu MODEL TEXT...    SmolLM2-135M on a CPU: 0.6 M tokens to CR 4
 #     results/retrofit.sh gpu MODEL TEXT...    the same recipe on one H100: 200 M tokens to CR 4
 #     results/retrofit.sh 7b MODEL TEXT...     Llama 2 7B, 200 M tokens to CR 4, on two H100
 #

@@ -126,8 +126,8 @@ def test_the_model_chooses_the_preset(plain):
             f"--init {plain}": (3e-5, 64, 64, [2, 3]),
             f"--init {plain} --context 32": (3e-5, 64, 32, [2, 3]),
             f"--init {plain} --preset laptop": (1e-3, 8, 64, [2, 3, 4]),
-            f"--init {plain} --preset few-tokens": (1e-4, 4, 64, [2, 3, 4]),
-            "--init llama2-7b --preset few-tokens --keep 2,4": (1e-4, 4, 512, [2, 4])}.items():
+            f"--init {plain} --preset few-tokens": (2e-4, 4, 64, [2, 3, 4]),
+            "--init llama2-7b --preset few-tokens --keep 2,4": (2e-4, 4, 512, [2, 4])}.items():
         given, options = train.parse(arguments.split())
         s = new_settings(given, options.preset)
         assert (s.lr, s.batch, s.context, s.kept()) == expected
