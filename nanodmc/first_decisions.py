@@ -17,6 +17,7 @@ by itself. The weight of a token in its segment's average is to follow sum_i p_i
 
 import math
 from contextlib import contextmanager
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 
 import dmc
 from nanodmc.losses import language_loss
+from nanodmc.parallel import control_rows
 
 TOKENS = 2 ** 16     # that costs are measured on; fewer fit the noise
 SHARPNESS = 2.0      # the logit of a decision is so many times log(price / cost)
@@ -61,10 +63,8 @@ def fit(model, sequences):
 @torch.no_grad()
 def apply(rows, model):
     """Write the rows of `fit` into a model."""
-    D = model.config.head_dim
-    for layer, (queries, keys) in zip(model.layers, rows, strict=True):
-        layer.self_attn.q_proj.weight[::D] = queries.to(layer.self_attn.q_proj.weight)
-        layer.self_attn.k_proj.weight[::D] = keys.to(layer.self_attn.k_proj.weight)
+    for row, fitted in zip(control_rows(model), chain.from_iterable(rows), strict=True):
+        row.copy_(fitted)
 
 
 # ---------------------------------------------------------------------------- what is measured

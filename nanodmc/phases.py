@@ -64,6 +64,11 @@ class Phase:
         return self.cr and self.cr[0] + (self.cr[1] - self.cr[0]) * (step + 1) / self.steps
 
 
+def first_cr(s):
+    """The CR that the target of a retrofit rises from."""
+    return FIRST_CR if s.fit_decisions else 1.0
+
+
 def plan(s, given=None):
     """The phases of a run, in order.
 
@@ -73,7 +78,7 @@ def plan(s, given=None):
     pretrain_steps = 0 if s.init else s.pretrain_steps
     start = str(given) if given else "pretrained"
     free_at, retrofit_at = pretrain_steps, pretrain_steps + s.free_steps
-    lowest = FIRST_CR if s.fit_decisions else 1.0
+    lowest = first_cr(s)
     reach = {cr: max(1, round(s.retrofit_steps * (cr - lowest) / max(s.cr - lowest, 1e-9)))
              for cr in s.kept()}
     if len(set(reach.values())) < len(reach):

@@ -11,7 +11,7 @@ from nanodmc.checkpoint import locate
 from nanodmc.cli import OPS
 from nanodmc.config import SHAPES, checked_config, read_config, shape
 from nanodmc.files import InputError, is_number
-from nanodmc.phases import FIRST_CR, plan
+from nanodmc.phases import FIRST_CR, first_cr, plan
 from nanodmc.records import damaged, read_sealed
 from nanodmc.variants import VARIANTS
 
@@ -173,10 +173,9 @@ class Settings:
         for f in fields(self):
             check_type(f, getattr(self, f.name))
         may_be_zero = {"seed", "micro_batch", "pretrain_steps", "channel_lr_factor", "cr_weight",
-                       "window", "c", "warmup", "weight_decay", "random_weights", "control",
-                       "distill", "choose_pair", "fit_decisions"}
+                       "window", "c", "warmup", "weight_decay", "distill"}
         numbers = {f.name: getattr(self, f.name) for f in fields(self)
-                   if isinstance(getattr(self, f.name), int | float)}
+                   if isinstance(getattr(self, f.name), int | float) and f.type is not bool}
         for name, value in numbers.items():
             if not 0 <= value < math.inf:
                 raise InputError(f"{flag(name)} is {value}; give a number that is not negative.")
@@ -209,7 +208,7 @@ class Settings:
         if not VARIANTS[self.variant].annealed and self.kept() != [self.cr]:
             raise InputError(f"--variant {self.variant} has its CR from the first step on, so it "
                              "keeps one model; leave out --keep.")
-        lowest = FIRST_CR if self.fit_decisions else 1
+        lowest = first_cr(self)
         if self.fit_decisions and (self.variant != "dmc" or self.cr <= lowest):
             raise InputError(f"--fit-decisions starts DMC at CR {lowest:g}; give a --cr above it "
                              "and no --variant, or leave it out.")

@@ -77,13 +77,10 @@ def give_back(strip, slots, memory, start):
 
     memory: the map it is a part of, whose first address is `start`.
     """
-    if not RETURNS:
-        strip[:, :slots] = 0
-        return
     first = strip.data_ptr() - start
     last = first + strip.nbytes
     inner = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
-    if inner[0] >= inner[1]:
+    if not RETURNS or inner[0] >= inner[1]:
         strip[:, :slots] = 0
         return
     item, flat = strip.element_size(), strip.view(-1)
