@@ -44,6 +44,7 @@ from nanodmc.checkpoint import SHAPES, find_checkpoint, verify
 from nanodmc.cli import OPS, Parser, number, run_command, silence, wrapped
 from nanodmc.compare import compare
 from nanodmc.files import InputError, read_json
+from nanodmc.machine import fast_model
 from nanodmc.merges import show_merges
 from nanodmc.parallel import load_part, over_ranks, random_part, rank_count, this_rank
 from nanodmc.policies import POLICIES
@@ -158,13 +159,13 @@ def find_model(args, device):
     """The model, its tokenizer, its name, and the `dmc` section of its config.json."""
     ops = OPS[args.ops]
     if args.random_weights:
-        model = random_part(args.ckpt, ops, device)
+        model = fast_model(random_part(args.ckpt, ops, device))
         return model, Tokenizer.bytes(), f"{args.ckpt}, random weights", {}
     folder = find_checkpoint(args.ckpt)
     refuse_files_of(folder, out=args.out, profile=args.profile)
     if args.verify:
         verify(folder)
-    model, tokenizer = load_part(folder, ops, device), Tokenizer.from_folder(folder)
+    model, tokenizer = fast_model(load_part(folder, ops, device)), Tokenizer.from_folder(folder)
     return model, tokenizer, folder, read_json(folder / "config.json").get("dmc", {})
 
 

@@ -17,6 +17,7 @@ from nanodmc.comparison import Progress, about, markdown, table
 from nanodmc.contenders import Subject, all_cases, held_out
 from nanodmc.files import InputError, write_json, write_text
 from nanodmc.heldout import chosen, pieces
+from nanodmc.machine import fast_model
 from nanodmc.plots import plot_comparison
 from nanodmc.seeds import combine, is_comparison
 
@@ -191,7 +192,7 @@ class Comparison:
         for number, case in enumerate(self.cases):
             if loaded != case.folder:
                 model, loaded = None, case.folder                 # one model in memory at a time
-                model = load(case.folder, ops, device)
+                model = fast_model(load(case.folder, ops, device))
             cut = self.cut[case.argument]
             progress.begin(case, self.cases[number + 1:])
             first = self.first.get(case.argument)

@@ -10,12 +10,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from dmc import Transformer
-from nanodmc.files import InputError, read_lines
+from nanodmc.files import InputError
 from nanodmc.losses import BLOCK
-from nanodmc.parallel import local, over_ranks, rank_count, share_out
+from nanodmc.machine import ROOM, free_memory
+from nanodmc.parallel import device_of_this_process, local, over_ranks, rank_count, share_out
 
 CHUNK = {"cuda": 2 ** 24, "cpu": 2 ** 20}   # parameters at a time: temporaries fit a CPU's caches
-ROOM = 0.75              # of the memory, that a plan without recomputation may take
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}          # bf16, dense, SXM cards
 
 
@@ -249,14 +249,6 @@ def memory_plan(config, s, ranks=1, recompute=True):
             "reserve": 2 * 10 ** 9 * torch.cuda.is_available()}
 
 
-def free_memory():
-    """Bytes free on the GPU, or on the machine where there is none; None: nobody knows."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    return next((int(line.split()[1]) * 1024 for line in read_lines("/proc/meminfo")
-                 if line.startswith("MemAvailable")), None)
-
-
 def checked_memory(plan, free):
     """The plan in words. Raises InputError where it exceeds what is free (bytes, or None)."""
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in plan.items() if size)
@@ -277,7 +269,7 @@ def fitted(config, s, memory=None, ranks=1):
     unless everything fits with room to spare. The ranks agree. Results are the same bit for bit,
     since noise is drawn again as it was. Raises InputError as checked_memory does.
     """
-    memory = memory or free_memory()
+    memory = memory or free_memory(device_of_this_process())
     plan = partial(memory_plan, config, s, ranks)
     scarce = s.lean and (memory is None or sum(plan(recompute=False).values()) > ROOM * memory)
     recompute = over_ranks(torch.tensor(float(scarce))).item() > 0

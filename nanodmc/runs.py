@@ -18,6 +18,7 @@ from nanodmc.checkpoint import locate, remove_leftovers, runs_by_number, save
 from nanodmc.claim import Claim
 from nanodmc.cli import provenance, typed
 from nanodmc.files import InputError, listed, write_json
+from nanodmc.machine import slow_in_bf16
 from nanodmc.metrics import Metrics
 from nanodmc.optim import fitted, parameter_count, states
 from nanodmc.parallel import (
@@ -101,11 +102,14 @@ class Run:
                              f"--micro-batch {s.micro_batch}; choose a multiple.")
         self.recompute, planned = fitted(config, s, memory, self.ranks)
         self.tokenizer = Tokenizer.from_folder(self.given) if self.given else Tokenizer.bytes()
-        return {
-            "model": f"{s.init or 'a small Llama'}, {parameter_count(config):,} parameters: "
-                     f"{config.n_layer} layer{'s' * (config.n_layer > 1)}, {config.n_head} heads, "
-                     f"width {config.dim}",
+        opening = {
+            "model": f"{s.init or 'a small Llama'}, {parameter_count(config):,} parameters in "
+                     f"{s.precision}: {config.n_layer} layer{'s' * (config.n_layer > 1)}, "
+                     f"{config.n_head} heads, width {config.dim}",
             "memory": planned}
+        if s.lean and slow_in_bf16(self.device):
+            opening["precision"] = "bf16, in which this processor is several times slower than in fp32"
+        return opening
 
     def read_text(self, key):
         """Read the text, as tokens; returns what there is to say of it.

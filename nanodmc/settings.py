@@ -11,6 +11,8 @@ from nanodmc.checkpoint import locate
 from nanodmc.cli import OPS
 from nanodmc.config import SHAPES, checked_config, read_config, shape
 from nanodmc.files import InputError, is_number
+from nanodmc.machine import slow_in_bf16
+from nanodmc.parallel import device_of_this_process
 from nanodmc.phases import FIRST_CR, first_cr, plan
 from nanodmc.records import damaged, read_sealed
 from nanodmc.variants import VARIANTS
@@ -161,7 +163,8 @@ class Settings:
     precision: str = setting(
         "optimizer", "fp32", "fp32, or bf16 to save memory: weights and AdamW's moments in bf16, "
         "rounded stochastically; little kept of each layer if need be; no full logits. 6 bytes per "
-        "parameter, and 4 for the sums of gradients", "bf16", choices=["fp32", "bf16"],
+        "parameter, and 4 for the sums of gradients. On a CPU that is slow in bf16, every preset "
+        "has fp32", "bf16", choices=["fp32", "bf16"],
         metavar="NAME")
 
     eval_sequences: int = setting("output", 256, "validation sequences behind each figure of the "
@@ -307,6 +310,8 @@ def new_settings(given, preset=None):
                          "which brings its own.")
     named = "laptop" if init is None else init if init in PRESETS else "given"
     settings = Settings(**{**PRESETS[preset or named], **given})
+    if "precision" not in given and slow_in_bf16(device_of_this_process()):
+        settings = replace(settings, precision="fp32")
     if init and "context" not in given:
         settings = replace(settings, context=min(settings.context, positions(settings)))
     return settings

@@ -14,7 +14,7 @@ ORDER = [["dmc"],
           "segment_average", "padded_cache", "strips", "work_list", "decisions"],
          ["dmc_fast"],
          *([name] for name in (
-             "interrupts", "files", "locks", "terminal", "cli", "variants", "short_step",
+             "interrupts", "files", "machine", "locks", "terminal", "cli", "variants", "short_step",
              "control_pair", "config", "weights", "checkpoint", "parallel", "added_tokens",
              "splits", "merge_order", "tokenizer", "megatron", "documents", "token_cache", "text",
              "phases", "records", "settings", "tables", "losses", "first_decisions", "optim",

@@ -317,7 +317,7 @@ def test_layers_keep_what_fits(monkeypatch):
     assert optim.fitted(config, replace(s, precision="fp32"), memory=1e12)[0] is False
     with pytest.raises(InputError, match="--micro-batch"):
         optim.fitted(config, s, memory=little - 1)
-    monkeypatch.setattr(optim, "free_memory", lambda: None)
+    monkeypatch.setattr(optim, "free_memory", lambda _: None)
     assert optim.fitted(config, s)[0] is True
 
 
