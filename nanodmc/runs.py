@@ -108,7 +108,8 @@ class Run:
                      f"{config.n_head} heads, width {config.dim}",
             "memory": planned}
         if s.lean and slow_in_bf16(self.device):
-            opening["precision"] = "bf16, in which this processor is several times slower than in fp32"
+            opening["precision"] = ("bf16, in which this processor is several times slower than "
+                                    "in fp32")
         return opening
 
     def read_text(self, key):
