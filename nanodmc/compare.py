@@ -14,9 +14,10 @@ from nanodmc.checkpoint import load
 from nanodmc.claim import check_folder
 from nanodmc.cli import OPS, provenance, wrapped
 from nanodmc.comparison import Progress, about, markdown, table
-from nanodmc.contenders import Subject, all_cases, held_out
+from nanodmc.contenders import ONE_BY_ONE, Subject, all_cases, held_out
 from nanodmc.files import InputError, write_json, write_text
 from nanodmc.heldout import chosen, pieces
+from nanodmc.history import history
 from nanodmc.machine import fast_model
 from nanodmc.plots import plot_comparison
 from nanodmc.seeds import combine, is_comparison
@@ -180,7 +181,8 @@ class Comparison:
             "bytes": sum(len(text.encode()) for text in self.texts), "context": self.context,
             "stderr_over": "documents" if len(self.texts) > 1 else "pieces of one document",
             "same_tokenizer": len(vocabularies) == 1}
-        self.facts = provenance()
+        self.facts = {"training": {subject.argument: history(Path(subject.argument), ONE_BY_ONE)
+                                   for subject in subjects if subject.settings}, **provenance()}
         self.plain = {subject.argument: subject.plain[1] for subject in subjects if subject.plain}
         self.first = {subject.argument: subject.models[0][1] for subject in subjects
                       if subject.models[0][3] == "plain"}       # the model given

@@ -14,6 +14,8 @@ from nanodmc.settings import read_run
 from nanodmc.tokenizer import Tokenizer
 from nanodmc.variants import VARIANTS, of_model
 
+ONE_BY_ONE = "restore it from a copy, or name its models one by one"
+
 
 class Case(NamedTuple):
     """A model and a cache. Each gives a row."""
@@ -61,7 +63,7 @@ class Subject:
 
     def read_run(self, run):
         """The folders of a run's models, by what they are called."""
-        facts = read_run(run, "restore it from a copy, or name its models one by one")
+        facts = read_run(run, ONE_BY_ONE)
         self.settings, self.key = facts["settings"], facts["text"]
         if self.settings.init and not self.settings.random_weights:
             self.given = locate(self.settings.init).resolve()

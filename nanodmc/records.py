@@ -107,7 +107,9 @@ def read_curve(path, remedy="restore it from a copy", limit=None):
             sound = (all(is_number(entry[key], 0, kind=int) for key in ("index", "step"))
                      and is_number(entry["loss"]) and isinstance(entry["phase"], str)
                      and all(entry[key] is None or is_number(entry[key], 0)
-                             for key in ("cr", "target_cr")) and heads_of(entry))
+                             for key in ("cr", "target_cr")) and heads_of(entry)
+                     and all(is_number(entry.get(key, 0))
+                             for key in ("kl", "tokens_per_second")))
         except (KeyError, RecursionError, TypeError, ValueError):
             sound = False
         if not sound:

@@ -24,6 +24,7 @@ from nanodmc.comparison import Progress, table
 from nanodmc.contenders import Case, Subject
 from nanodmc.files import InputError
 from nanodmc.heldout import Piece, chosen, pieces
+from nanodmc.history import history
 from nanodmc.records import write_sealed
 from nanodmc.text import load_data
 from nanodmc.tokenizer import Tokenizer
@@ -221,6 +222,7 @@ def test_a_run_side_by_side(finished, tmp_path, capsys):
     assert ratios["control"] == 1 and ratios["every 2 averaged"] == pytest.approx(2, abs=0.1)
     assert 1.5 <= ratios["h2o 1.5x"] == ratios["tova 1.5x"] < 1.7
     assert saved["versions"]["torch"] == torch.__version__ and saved["text"]["context"] == 16
+    assert saved["training"] == {str(finished): json.loads(json.dumps(history(finished)))}
     page = out.with_suffix(".md").read_text()
     lines = [line for line in page.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(NAMES) and len({line.count("|") for line in lines}) == 1

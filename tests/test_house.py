@@ -20,9 +20,9 @@ ORDER = [["dmc"],
              "phases", "records", "settings", "tables", "losses", "first_decisions", "optim",
              "starts", "evaluate", "baselines", "policies", "requests", "sampling", "plots",
              "stopping", "claim", "state", "metrics", "runs", "heldout", "contenders",
-             "comparison", "seeds", "compare", "pool", "engine", "chat", "results", "prompts",
-             "merges", "analyses", "peers", "cases", "bench",
-             "scoring", "humaneval", "harness", "benchmarks", "compiled")),
+             "comparison", "seeds", "history", "compare", "pool", "engine", "chat", "results",
+             "prompts", "merges", "analyses", "peers", "cases", "bench", "scoring",
+             "humaneval", "harness", "benchmarks", "compiled")),
          ["train", "generate"]]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 NONE = "__init__", "modeling_dmc"        # the latter is copied beside weights, and never imported
