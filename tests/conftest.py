@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import types
@@ -123,6 +124,11 @@ def interrupted(out, text, act, arguments=(), at=5):
     """A tiny run in which act(model) is called before step `at`. Returns its exit code."""
     with before_step(at, act):
         return train.main(["--out", str(out), "--data", text, *TINY, *arguments])
+
+
+def ctrl_c(*_):
+    """What `interrupted` may call: as if somebody at the terminal pressed these keys."""
+    signal.raise_signal(signal.SIGINT)
 
 
 def two_processes(script, *arguments):

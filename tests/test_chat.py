@@ -2,7 +2,6 @@
 
 import builtins
 import json
-import signal
 import sys
 
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import generate
-from conftest import oracle, refusal
+from conftest import ctrl_c, oracle, refusal
 from nanodmc.chat import Chat, TooLong, renderer
 from nanodmc.checkpoint import save
 from nanodmc.files import InputError
@@ -128,7 +127,7 @@ def test_the_command(instruct, monkeypatch, capsys):
         for token in real(self, message):
             yield token
             if message == "again":
-                signal.raise_signal(signal.SIGINT)
+                ctrl_c()
 
     monkeypatch.setattr(builtins, "input", read)
     monkeypatch.setattr(Chat, "answer", interrupted)

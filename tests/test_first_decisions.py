@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import signal
 
 import pytest
 import torch
@@ -13,7 +11,16 @@ from hypothesis import strategies as st
 
 import dmc
 import train
-from conftest import SHORT, TINY, curve, interrupted, refusal, same_weights, two_processes
+from conftest import (
+    SHORT,
+    TINY,
+    ctrl_c,
+    curve,
+    interrupted,
+    refusal,
+    same_weights,
+    two_processes,
+)
 from nanodmc import first_decisions
 from nanodmc.first_decisions import LEAST, apply, fit, measure, predictor
 from nanodmc.optim import recompute_layers
@@ -150,8 +157,7 @@ def test_a_run_that_fits_goes_on_with_its_decisions(tmp_path, text, monkeypatch,
     assert "fitted to what merging costs on 512 tokens" in capsys.readouterr().out
     first = [row["cr"] for row in curve(whole) if row["phase"] == "retrofit"][0]
     assert first > 1.02
-    stop = lambda model: os.kill(os.getpid(), signal.SIGINT)
-    assert interrupted(cut, text, stop, FITTING, at=9) == 130         # in the middle of retrofit
+    assert interrupted(cut, text, ctrl_c, FITTING, at=9) == 130         # in the middle of retrofit
     monkeypatch.setattr(first_decisions, "fit", None)                 # nothing is fitted again
     assert train.main(["--resume", "--out", str(cut)]) == 0
     assert curve(cut) == curve(whole) and same_weights(cut, whole)
@@ -163,7 +169,7 @@ def test_a_stop_while_costs_are_measured_loses_nothing(tmp_path, text, monkeypat
     measure = first_decisions.measure
 
     def stopped(*arguments):
-        os.kill(os.getpid(), signal.SIGINT)
+        ctrl_c()
         return measure(*arguments)
 
     with monkeypatch.context() as patch:

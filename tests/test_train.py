@@ -133,7 +133,7 @@ def test_the_model_chooses_the_preset(plain):
         assert (s.lr, s.batch, s.context, s.kept()) == expected
     s = new_settings({"init": str(plain)})
     assert (s.tau, s.c, s.cr_weight, s.channel_lr_factor) == (0.1, 5, 1, 1)
-    assert (s.precision, s.free_steps, s.retrofit_steps, s.solidify_steps) == ("bf16", 50, 400, 150)
+    assert (s.free_steps, s.retrofit_steps, s.solidify_steps) == (50, 400, 150)
 
 
 def test_the_plan_is_printed_once_all_was_checked(tmp_path, monkeypatch, plain, text, capsys):

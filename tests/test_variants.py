@@ -1,8 +1,6 @@
 """Properties of nanodmc/variants.py: each variant against what the paper says of it, literally."""
 
 import json
-import os
-import signal
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ import dmc
 import dmc_fast
 import generate
 import train
-from conftest import TINY, before_step, curve, refusal, summary
+from conftest import TINY, before_step, ctrl_c, curve, refusal, summary
 from nanodmc import checkpoint
 from nanodmc.config import config_from_json, config_to_json
 from nanodmc.files import InputError
@@ -241,11 +239,8 @@ def test_each_trains_saves_loads_and_generates(name, tmp_path, text, capsys):
 
 @pytest.mark.parametrize("name", ["dmc-c", "fmp", "gqa"])
 def test_a_run_cut_in_two_ends_as_one_that_was_not(name, tmp_path, text):
-    def cut(model):
-        os.kill(os.getpid(), signal.SIGINT)
-
     assert train.main(["--out", str(tmp_path / "whole"), *arguments(name, text)]) == 0
-    with before_step(6, cut):
+    with before_step(6, ctrl_c):
         assert train.main(["--out", str(tmp_path / "cut"), *arguments(name, text)]) == 130
     assert train.main(["--out", str(tmp_path / "cut"), "--resume"]) == 0
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
