@@ -598,6 +598,8 @@ class PagedCache(FastCache):
     def take(self, layer, at, fresh):
         """A free page, or the spare one if none is, for the entries `at` (B, G, n) of the table
         that are True in fresh (B, G, n)."""
+        if not (fresh.is_cuda or fresh.any()):                   # a GPU is not waited for
+            return
         taken = self.left - fresh.flatten().cumsum(0).view_as(fresh)
         pages = torch.where(taken >= 0, self.free[taken.clamp(min=0)], 0)
         pages = torch.where(fresh, pages, self.table[layer].gather(-1, at))

@@ -33,9 +33,11 @@ class Strips:
     def write(self, layer, slot, written, k, v):
         """k, v (B, G, T, D) into the slots numbered `slot` (B, G, T), where they are `written`."""
         B, G, S, D = self.keys[layer].shape
-        at = (slot + S * torch.arange(B * G).view(B, G, 1))[written]
+        at = slot + S * torch.arange(B * G).view(B, G, 1)
+        if not written.all():
+            at, k, v = at[written], k[written], v[written]
         for strips, x in ((self.keys, k), (self.values, v)):
-            strips[layer].view(-1, D)[at] = x[written]
+            strips[layer].view(-1, D)[at] = x
 
     def attend(self, layer, q, lengths):
         """Attention of q (B, H, 1, D) over the first lengths (B, G) slots of each head.
