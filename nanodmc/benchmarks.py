@@ -189,11 +189,27 @@ def load_task(manager, name, include):
                              "humaneval is the only such task supported here.")
         if name.removesuffix("_local") in SHOTS:
             task.set_config("num_fewshot", SHOTS[name.removesuffix("_local")])
+        if (answer := foreign_answer(task)) is not None:      # lm_eval would count it as wrong
+            raise InputError(f"the first question of {task.config.task} has the answer "
+                             f"{one_line(answer)!r}, which is none of its choices; correct "
+                             "doc_to_target in the task file, or the data.")
     groups = loaded.get("groups") or {}
     if name not in groups and len(loaded["tasks"]) > 1:
         raise InputError(f"{name} is a tag of {len(loaded['tasks'])} tasks, which have no figure "
                          "in common; name those that you want.")
     return groups[name] if name in groups else next(iter(loaded["tasks"].values()))
+
+
+def foreign_answer(task):
+    """The right answer of a task's first question, if that is none of its choices; else None."""
+    if task.OUTPUT_TYPE != "multiple_choice" or not hasattr(task, "multiple_input"):
+        return None
+    doc = next(iter(task.eval_docs))
+    answer = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    choices = task.doc_to_choice(doc)
+    right = answer if isinstance(answer, list) else [answer]
+    possible = range(len(choices)) if isinstance(right[0], int) else choices
+    return None if all(x in possible for x in right) else answer
 
 
 # ----------------------------------------------------------------------------------- the results

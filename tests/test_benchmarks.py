@@ -46,6 +46,7 @@ def folder(tmp_path_factory):
                "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]},
               definition("no_data", folder / "missing.jsonl"),
               definition("runs_code", data, unsafe_code=True),
+              definition("no_label", data, doc_to_target="label"),
               *(definition(name, data, tag="tagged") for name in ("tagged_a", "tagged_b"))]
     for i, task in enumerate(tasks):
         (folder / f"{i}.yaml").write_text(json.dumps(task))
@@ -134,7 +135,8 @@ def test_policies_that_cannot_be_measured_are_refused(folder, tmp_path, changes,
 
 @pytest.mark.parametrize("names, says", [
     ("piqa,nonsense", "nonsense"), ("no_data", "no_data"),
-    ("runs_code", "without limits"), ("tagged", "tag of 2 tasks")])
+    ("runs_code", "without limits"), ("no_label", "'label', which is none of its choices"),
+    ("tagged", "tag of 2 tasks")])
 def test_tasks_that_cannot_be_measured_are_refused(folder, monkeypatch, names, says):
     """In one sentence, before a model is loaded."""
     find = benchmarks.Managers.find
