@@ -33,7 +33,7 @@ from conftest import (
     summary,
 )
 from dmc import Transformer
-from nanodmc import first_decisions, optim, starts
+from nanodmc import first_decisions, optim, settings, starts
 from nanodmc.checkpoint import load
 from nanodmc.parallel import control_rows
 from nanodmc.phases import plan
@@ -118,7 +118,7 @@ def test_control_rows_take_larger_steps_and_nothing_else_does():
         assert not rows.any() or slow[rows].abs().sum() > 0
 
 
-def test_the_model_chooses_the_preset(plain):
+def test_the_model_chooses_the_preset(plain, monkeypatch):
     """One that is given implies the paper's settings in a short schedule, and its own positions."""
     for arguments, expected in {
             "": (1e-3, 8, 128, [2, 3, 4]),
@@ -131,9 +131,10 @@ def test_the_model_chooses_the_preset(plain):
         given, options = train.parse(arguments.split())
         s = new_settings(given, options.preset)
         assert (s.lr, s.batch, s.context, s.kept()) == expected
+    monkeypatch.setattr(settings, "slow_in_bf16", lambda device: False)     # on any machine
     s = new_settings({"init": str(plain)})
     assert (s.tau, s.c, s.cr_weight, s.channel_lr_factor) == (0.1, 5, 1, 1)
-    assert (s.free_steps, s.retrofit_steps, s.solidify_steps) == (50, 400, 150)
+    assert (s.precision, s.free_steps, s.retrofit_steps, s.solidify_steps) == ("bf16", 50, 400, 150)
 
 
 def test_the_plan_is_printed_once_all_was_checked(tmp_path, monkeypatch, plain, text, capsys):
