@@ -181,8 +181,9 @@ class Comparison:
             "bytes": sum(len(text.encode()) for text in self.texts), "context": self.context,
             "stderr_over": "documents" if len(self.texts) > 1 else "pieces of one document",
             "same_tokenizer": len(vocabularies) == 1}
-        self.facts = {"training": {subject.argument: history(Path(subject.argument), ONE_BY_ONE)
-                                   for subject in subjects if subject.settings}, **provenance()}
+        self.facts = {"training": {
+            subject.argument: history(Path(subject.argument), subject.settings, ONE_BY_ONE)
+            for subject in subjects if subject.settings}, **provenance()}
         self.plain = {subject.argument: subject.plain[1] for subject in subjects if subject.plain}
         self.first = {subject.argument: subject.models[0][1] for subject in subjects
                       if subject.models[0][3] == "plain"}       # the model given

@@ -7,21 +7,19 @@ import numpy as np
 
 from nanodmc.files import read_json
 from nanodmc.records import damaged, read_curve, read_figures
-from nanodmc.settings import read_run
 
 WIDTH = 10               # steps at least that a point of the curve is the mean of
 POINTS = 24              # points of a phase's curve at most, and perhaps one more
 ORIGIN = "date", "commit", "device", "versions"
 
 
-def history(run, remedy="restore it from a copy"):
-    """What the folder of a run tells of it, a dict that may become JSON.
+def history(run, s, remedy="restore it from a copy"):
+    """What the folder of a run with the Settings s tells of it, a dict that may become JSON.
 
     settings; the phases so far, with steps, tokens, minutes and their curve; of each model what was
     measured on the validation text; and of a finished run where and when it ended. Raises
     InputError.
     """
-    s = read_run(run, remedy)["settings"]
     parts = groupby(read_curve(run / "metrics.jsonl", remedy), key=lambda entry: entry["index"])
     models = {path.parent.name: read_figures(path, remedy)
               for path in sorted(run.glob("*/figures.json"))}

@@ -222,7 +222,8 @@ def test_a_run_side_by_side(finished, tmp_path, capsys):
     assert ratios["control"] == 1 and ratios["every 2 averaged"] == pytest.approx(2, abs=0.1)
     assert 1.5 <= ratios["h2o 1.5x"] == ratios["tova 1.5x"] < 1.7
     assert saved["versions"]["torch"] == torch.__version__ and saved["text"]["context"] == 16
-    assert saved["training"] == {str(finished): json.loads(json.dumps(history(finished)))}
+    told = json.loads(json.dumps(history(finished, Subject(str(finished)).settings)))
+    assert saved["training"] == {str(finished): told}
     page = out.with_suffix(".md").read_text()
     lines = [line for line in page.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(NAMES) and len({line.count("|") for line in lines}) == 1

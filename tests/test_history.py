@@ -8,12 +8,15 @@ import pytest
 
 from nanodmc.files import InputError
 from nanodmc.history import POINTS, WIDTH, history, phase_of
-from nanodmc.settings import Settings
+from nanodmc.settings import Settings, read_run
+
+settings_of = lambda run: read_run(run)["settings"]
 
 
 def test_the_history_is_that_of_the_run(finished):
-    told = json.loads(json.dumps(history(finished)))
+    told = json.loads(json.dumps(history(finished, settings_of(finished))))
     s = Settings(**told["settings"])
+    assert s == settings_of(finished)
     entries = list(map(json.loads, (finished / "metrics.jsonl").read_text().splitlines()))
     assert sum(phase["steps"] for phase in told["phases"]) == len(entries)
     assert [phase["phase"] for phase in told["phases"]] == [
@@ -37,11 +40,11 @@ def test_a_run_that_is_not_finished(finished, tmp_path):
     with (run / "metrics.jsonl").open() as file:
         lines = file.readlines()[:8]
     (run / "metrics.jsonl").write_text("".join(lines))
-    told = history(run)
+    told = history(run, settings_of(run))
     assert told["finished"] is None
     assert [phase["steps"] for phase in told["phases"]] == [6, 2]
     (run / "metrics.jsonl").unlink()
-    assert history(run)["phases"] == []
+    assert history(run, settings_of(run))["phases"] == []
 
 
 @pytest.mark.parametrize("steps", [1, WIDTH, WIDTH + 1, 18_001])
@@ -62,4 +65,4 @@ def test_damage_is_told(name, finished, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     (run / name).write_text("[]\n")
     with pytest.raises(InputError, match=f"{name}.*restore it"):
-        history(run)
+        history(run, settings_of(run))
