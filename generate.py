@@ -324,7 +324,6 @@ def flags_of_all_modes():
     flags.add_argument("--show-merges", metavar="WHERE", help=(
         "LAYER.HEAD: print the prompt cut into one head's segments, and stop; "
         "PAGE.html: write a web page with those of all heads"))
-
     flags.add_argument("--analyse", type=Path, metavar="DIR", help=(
         "write analyses.json and analyses.png: CR of layers and heads, by length, merges by "
         "position, and whether slots begin where words do (figures 6 and 8 to 12); --data and "

@@ -120,15 +120,15 @@ def before_step(at, act):
         yield
 
 
-def interrupted(out, text, act, arguments=(), at=5):
+def ctrl_c(*_):
+    """As if somebody at the terminal pressed these keys."""
+    signal.raise_signal(signal.SIGINT)
+
+
+def interrupted(out, text, act=ctrl_c, arguments=(), at=5):
     """A tiny run in which act(model) is called before step `at`. Returns its exit code."""
     with before_step(at, act):
         return train.main(["--out", str(out), "--data", text, *TINY, *arguments])
-
-
-def ctrl_c(*_):
-    """What `interrupted` may call: as if somebody at the terminal pressed these keys."""
-    signal.raise_signal(signal.SIGINT)
 
 
 def two_processes(script, *arguments):

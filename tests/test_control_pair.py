@@ -10,16 +10,7 @@ from hypothesis import strategies as st
 
 import dmc
 import train
-from conftest import (
-    SHORT,
-    TINY,
-    ctrl_c,
-    curve,
-    interrupted,
-    refusal,
-    same_weights,
-    two_processes,
-)
+from conftest import SHORT, TINY, curve, interrupted, refusal, same_weights, two_processes
 from nanodmc import checkpoint, control_pair
 from nanodmc.config import config_from_json, config_to_json
 from nanodmc.control_pair import Choice, apply, choose, expected_loss, lost, measure
@@ -155,7 +146,7 @@ def test_a_run_that_chooses_goes_on_with_its_choice(tmp_path, text, monkeypatch,
     assert f"rotary pair {kept['pair']} is freed of one" in capsys.readouterr().out
     for folder in ("freed", "cr3"):
         assert checkpoint.load(whole / folder).config.control_pair == kept["pair"]
-    assert interrupted(cut, text, ctrl_c, CHOOSING, at=4) == 130         # in the middle of free
+    assert interrupted(cut, text, arguments=CHOOSING, at=4) == 130     # in the middle of free
     monkeypatch.setattr(control_pair, "choose", None)                  # nothing is chosen again
     assert train.main(["--resume", "--out", str(cut)]) == 0
     assert curve(cut) == curve(whole) and same_weights(cut, whole)
@@ -163,7 +154,7 @@ def test_a_run_that_chooses_goes_on_with_its_choice(tmp_path, text, monkeypatch,
 
 def test_a_damaged_choice_is_refused_and_made_anew(tmp_path, text, capsys):
     out = tmp_path / "run"
-    assert interrupted(out, text, ctrl_c, CHOOSING, at=4) == 130
+    assert interrupted(out, text, arguments=CHOOSING, at=4) == 130
     kept = out / "control-pair.json"
     kept.write_text(kept.read_text().replace('"pair": ', '"pair": 1'))
     assert "--redo" in refusal(train.main, ["--resume", "--out", str(out)], capsys, out)

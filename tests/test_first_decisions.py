@@ -157,7 +157,7 @@ def test_a_run_that_fits_goes_on_with_its_decisions(tmp_path, text, monkeypatch,
     assert "fitted to what merging costs on 512 tokens" in capsys.readouterr().out
     first = [row["cr"] for row in curve(whole) if row["phase"] == "retrofit"][0]
     assert first > 1.02
-    assert interrupted(cut, text, ctrl_c, FITTING, at=9) == 130         # in the middle of retrofit
+    assert interrupted(cut, text, arguments=FITTING, at=9) == 130     # in the middle of retrofit
     monkeypatch.setattr(first_decisions, "fit", None)                 # nothing is fitted again
     assert train.main(["--resume", "--out", str(cut)]) == 0
     assert curve(cut) == curve(whole) and same_weights(cut, whole)
