@@ -63,8 +63,6 @@ def measure(args, find):
     cache_for = chosen_cache(args)
     tasks = load_tasks(args.tasks, args.include)
     model, tokenizer, name, gain = find()
-    if not next(model.parameters()).is_cuda:
-        model.float()
     if cache_for:
         cache_for(1)(model.config, 1)           # refuses now what it would refuse later
     print(to_show(str(name)))

@@ -21,6 +21,7 @@ import train
 from conftest import HERE, TEXTS, curve, largest_error, oracle
 from dmc import Config, Transformer
 from nanodmc import checkpoint, control_pair, first_decisions, sampling, text
+from nanodmc.machine import slow_in_bf16
 from nanodmc.parallel import control_rows
 from nanodmc.settings import Settings
 from nanodmc.tokenizer import Tokenizer
@@ -40,9 +41,9 @@ def test_smollm2_logits_equal_transformers(smollm2, smollm2_pair, english, measu
     error = largest_error(ours(tokens)[0], exact)
     measured["largest error of fp32 logits over 1,024 tokens, relative"] = error
     assert tokens.size(1) == 1024 and error < 1e-4
-    half = type(theirs).from_pretrained(smollm2, dtype=torch.bfloat16)
-    both = checkpoint.load(smollm2)(tokens)[0], half(tokens).logits
-    errors = [(logits.float() - exact).norm().item() for logits in both]
+    half, some = type(theirs).from_pretrained(smollm2, dtype=torch.bfloat16), tokens[:, :256]
+    both = checkpoint.load(smollm2)(some)[0], half(some).logits
+    errors = [(logits.float() - exact[:, :256]).norm().item() for logits in both]
     measured["error of bf16 logits, in transformers' own"] = errors[0] / errors[1]
     assert errors[0] < 1.2 * errors[1]
 
@@ -52,10 +53,10 @@ def test_smollm2_greedy_generation_equals_transformers(smollm2, smollm2_pair, en
     ours, theirs = smollm2_pair
     for prompt in (english[:600], "The capital of France is"):
         ids = Tokenizer.from_folder(smollm2).encode(prompt)
-        expected = theirs.generate(torch.tensor([ids]), max_new_tokens=200, do_sample=False,
+        expected = theirs.generate(torch.tensor([ids]), max_new_tokens=100, do_sample=False,
                                    eos_token_id=None, pad_token_id=0)
         cache = ours.Cache(ours.config, 1)
-        greedy = sampling.generate(ours, cache, ids, 200, greedily)
+        greedy = sampling.generate(ours, cache, ids, 100, greedily)
         assert list(greedy) == expected[0, len(ids):].tolist()
 
 
@@ -109,6 +110,8 @@ class Clock:
 def test_smollm2_is_no_slower_than_transformers(smollm2, english, measured, dtype):
     """Seconds of a prefill of 512 tokens, and of a token after it: the best of ten turns each,
     since noise only adds."""
+    if dtype == torch.bfloat16 and slow_in_bf16("cpu") and "DMC_RESULTS" not in os.environ:
+        pytest.skip("a processor that is slow in bf16 takes minutes for this")
     ours = checkpoint.load(smollm2, dmc_fast, dtype=dtype)
     theirs = oracle("transformers").LlamaForCausalLM.from_pretrained(smollm2, dtype=dtype).eval()
     ids = Tokenizer.from_folder(smollm2).encode(english[:8000])[:512]
@@ -145,7 +148,7 @@ def test_smollm2_hardly_misses_the_channels_that_are_chosen(smollm2, english, me
     tokenizer = Tokenizer.from_folder(smollm2)
     documents = [tokenizer.encode(part)[:512] for part in english.split("\f") if len(part) > 3000]
     texts, chosen_by = (torch.tensor(documents[a:b]) for a, b in ((0, 8), (8, 24)))
-    plain = checkpoint.load(smollm2, dmc_fast, dmc=False)
+    plain = checkpoint.load(smollm2, dmc_fast, dtype=torch.float32, dmc=False)
 
     def scores(model, gain):
         hidden = (model.hidden(x, gain=gain)[0] for x in texts.split(4))
@@ -153,7 +156,8 @@ def test_smollm2_hardly_misses_the_channels_that_are_chosen(smollm2, english, me
 
     def divergence(choice):
         pair = choice.pair if choice else 0
-        model = checkpoint.load(smollm2, dmc_fast, dmc=True, control_pair=pair)
+        model = checkpoint.load(smollm2, dmc_fast, dtype=torch.float32, dmc=True,
+                                control_pair=pair)
         if choice:
             control_pair.apply(choice, model)
         return (expected.exp() * (expected - scores(model, 0.0))).sum(-1).mean().item()
@@ -169,9 +173,10 @@ def freed(smollm2, english):
     """SmolLM2 freed of the chosen channel, and pieces of 512 tokens (1, T)."""
     ids = Tokenizer.from_folder(smollm2).encode(english[:600_000])
     pieces = list(torch.tensor(ids[:len(ids) // 512 * 512]).view(-1, 1, 512))
-    plain = checkpoint.load(smollm2, dmc_fast, dmc=False)
+    plain = checkpoint.load(smollm2, dmc_fast, dtype=torch.float32, dmc=False)
     choice = control_pair.choose(plain, pieces[-16:])
-    model = checkpoint.load(smollm2, dmc_fast, dmc=True, c=3.0, control_pair=choice.pair)
+    model = checkpoint.load(smollm2, dmc_fast, dtype=torch.float32, dmc=True, c=3.0,
+                            control_pair=choice.pair)
     control_pair.apply(choice, model)
     with torch.no_grad():
         for row in control_rows(model):
@@ -182,20 +187,22 @@ def freed(smollm2, english):
 def test_smollm2_fitted_decisions_cost_less_than_others(freed, smollm2, monkeypatch, measured):
     """As the KL divergence to the model given at some CR, before any training."""
     model, pieces = freed
-    texts, pieces = torch.cat(pieces[:8]), pieces[8:]
-    plain = checkpoint.load(smollm2, dmc_fast, dmc=False)
+    few = "DMC_RESULTS" not in os.environ
+    texts, pieces = torch.cat(pieces[:4 if few else 8]).split(4), pieces[8:]
+    plain = checkpoint.load(smollm2, dmc_fast, dtype=torch.float32, dmc=False)
+    with torch.no_grad():
+        expected = [plain(x)[0].log_softmax(-1) for x in texts]
 
     @torch.no_grad()
     def figures():
         kl, slots = [], []
-        for x in texts.split(4):
-            p = plain(x)[0].float().log_softmax(-1)
+        for x, p in zip(texts, expected, strict=True):
             logits, alpha = model(x)
-            kl.append((p.exp() * (p - logits.float().log_softmax(-1))).sum(-1).mean())
+            kl.append((p.exp() * (p - logits.log_softmax(-1))).sum(-1).mean())
             slots.append(1 - alpha.mean())
         return {"cr": 1 / torch.stack(slots).mean().item(), "kl": torch.stack(kl).mean().item()}
 
-    sizes = [2 ** 13, 2 ** 15] if "DMC_RESULTS" in os.environ else [2 ** 13]
+    sizes = [2 ** 12] if few else [2 ** 13, 2 ** 15]
     seen = [first_decisions.measure(model, x) for x in pieces[:sizes[-1] // 512]]
     monkeypatch.setattr(first_decisions, "measure", lambda model, x: x)
     found = {}
