@@ -263,7 +263,9 @@ def answer_prompts(args, model, tokenizer, gain, done, name):
     model_mark. Raises InputError if the results are not those of what is asked for, and in the end
     if some have errors.
     """
-    made_by = {"model": model_mark(name), "cache": args.cache}
+    weight = model.lm_head.weight
+    made_by = {"model": model_mark(name), "dtype": str(weight.dtype).removeprefix("torch."),
+               "cache": args.cache}
     with args.prompts.open("rb") as lines:
         total = args.samples * sum(1 for line in bounded(lines) if line.strip())
         lines.seek(0)
@@ -273,7 +275,7 @@ def answer_prompts(args, model, tokenizer, gain, done, name):
             lines.seek(0)
         ready = sum(mark is not None and sample < args.samples
                     for (_, sample), mark in done.items())
-        rows = args.batch[0] if args.batch else (128 if next(model.parameters()).is_cuda else 32)
+        rows = args.batch[0] if args.batch else (128 if weight.is_cuda else 32)
         rows = max(1, min(rows, total - ready))
         engine = Engine(model, rows, pages_that_fit(model, rows, args.cache_gb, gain),
                         tokenizer.stops, gain)

@@ -1,7 +1,7 @@
 """A file of results: what is done already, and whether the same model and settings did it.
 
 A result is a line of JSON with the number of its prompt's line and of its sample, its id and
-prompt, its `settings` (all that decides the text: model, cache and sampling), and text, tokens,
+prompt, its `settings` (all that decides the text: model, dtype, cache, sampling), and text, tokens,
 finish and cr; or error, a sentence. Last comes `check`, a checksum of the rest; older files have
 none. Errors are tried again whenever the file is continued.
 """

@@ -8,7 +8,7 @@ import torch
 import dmc
 import generate
 import train
-from conftest import TINY, single_threaded
+from conftest import TINY, refusal, single_threaded
 from nanodmc import checkpoint, machine, runs, settings
 from nanodmc.tokenizer import Tokenizer
 from test_dmc import config_of
@@ -62,6 +62,19 @@ def test_a_model_that_memory_holds_only_in_bf16_stays_so(bf16, monkeypatch):
     make_slow(monkeypatch, free=4 * sum(p.numel() for p in model.parameters()))
     with pytest.warns(UserWarning, match="slow in half precision"):
         assert machine.fast_model(model).lm_head.weight.dtype == torch.bfloat16
+
+
+def test_results_of_one_file_are_of_one_dtype(bf16, tmp_path, monkeypatch, capsys):
+    """A file that was begun on a processor that is slow in bf16, and continued on another."""
+    prompts = tmp_path / "prompts"
+    prompts.write_text('{"prompt": "3"}\n')
+    command = ["--ckpt", str(bf16), "--prompts", str(prompts), "--out", str(tmp_path / "results"),
+               "--tokens", "2", "--cache-gb", "1e-4"]
+    make_slow(monkeypatch)
+    assert generate.main(command) == 0
+    make_slow(monkeypatch, False)
+    said = refusal(generate.main, command, capsys, tmp_path)
+    assert 'another dtype ("float32", now "bfloat16"), as of line 1' in said
 
 
 def test_other_dtypes_stay_as_they_are(monkeypatch):
