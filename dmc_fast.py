@@ -240,11 +240,13 @@ WIDEST_BAND = 32    # on a CPU; for wider windows doubling spans are faster
 
 def accumulate(k, v, alpha, omega, window=None):
     """dmc.accumulate: the averages of Eq. 9."""
-    inputs, W = (k, v, alpha, omega), k.size(2) if window is None else min(window, k.size(2))
+    inputs, T = (k, v, alpha, omega), k.size(2)
+    W = T if window is None else min(window, T)
     kernels = in_kernels(k) and k.dtype == v.dtype and k.shape == v.shape and W > 0
     if kernels and window is not None and W <= WIDEST_WINDOW:
         return WindowedAverage.apply(*inputs, W)
-    if kernels and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+    if kernels and W == T and not (
+            torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
         alpha, omega = (x.to(torch.float32).contiguous() for x in (alpha, omega))
         return segment_average(k, alpha, omega), segment_average(v, alpha, omega)
     if 0 < W <= WIDEST_BAND and not k.is_cuda:

@@ -110,10 +110,13 @@ def test_accumulate_kernels(dtype, T, window, hard, D):
 
 @kernels
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("T,hard,D", [(1, True, 8), (67, False, 6)])
-def test_whole_segment_kernel(T, hard, D):
+@pytest.mark.parametrize("T,window,hard,D", [
+    (1, None, True, 8), (67, None, False, 6), (40, 40, False, 8), (40, 20, False, 8),
+    (40, 12, False, 8)])
+def test_accumulate_kernels_without_a_gradient(T, window, hard, D):
     k, v, alpha, omega = (x.float() for x in accumulate_inputs(2, T, hard, G=2, D=D))
-    exact = dmc.accumulate(*(x.double() for x in (k, v, alpha, omega)))
-    plain = dmc.accumulate(k, v, alpha, omega)
-    fast = dmc_fast.accumulate(k, v, alpha > 0.5 if hard else alpha, omega)
+    alpha **= 1 / 64                                             # so that what a window cuts counts
+    exact = dmc.accumulate(*(x.double() for x in (k, v, alpha, omega)), window)
+    plain = dmc.accumulate(k, v, alpha, omega, window)
+    fast = dmc_fast.accumulate(k, v, alpha > 0.5 if hard else alpha, omega, window)
     assert_as_good(fast, plain, exact)
