@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from dmc import wide
+from nanodmc.files import InputError
 
 SIZE = 4096        # tokens that are worked on at once, padding included
 CPU_SIZE = 512     # the same on a CPU without a cache: there larger batches are slower, by a third
@@ -26,10 +27,11 @@ class Score(NamedTuple):
 
 @torch.no_grad()
 def score(model, pairs, gain=None, cache_for=None, each_batch=lambda tokens: None):
-    """The Score of every pair (context, continuation) of lists of ids, none of them empty.
+    """The Score of every pair (context, continuation) of lists of ids; no context is empty.
 
-    A pair that is longer than the model's positions loses the beginning of its context. gain: as
-    in Transformer.hidden. cache_for: a function of a text's length in tokens that returns what
+    Raises InputError for a continuation that is empty or longer than the model's positions. A pair
+    that is longer than these loses the beginning of its context. gain: as in Transformer.hidden.
+    cache_for: a function of a text's length in tokens that returns what
     makes its cache, with the arguments of dmc.Cache. None: no cache, but the parallel form, which
     at alpha in {0, 1} gives what the model's own cache gives. each_batch: called with the tokens of
     each batch as it is finished.
@@ -38,6 +40,9 @@ def score(model, pairs, gain=None, cache_for=None, each_batch=lambda tokens: Non
     """
     texts, longest = {}, model.config.max_seq_len
     for i, (context, continuation) in enumerate(pairs):
+        if not 0 < len(continuation) <= longest:
+            raise InputError(f"a text to be scored has {len(continuation):,} tokens, and this "
+                             f"model scores from 1 to {longest:,} of them; leave its task out.")
         text = (context + continuation)[-(longest + 1):]
         texts.setdefault(tuple(text[:-1]), []).append((i, text[-len(continuation):]))
     scores = [None] * len(pairs)

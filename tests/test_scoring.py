@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dmc import Cache
 from nanodmc import scoring
 from nanodmc.baselines import pooling_cache
+from nanodmc.files import InputError
 from nanodmc.policies import POLICIES, budget, policy_cache
 from test_dmc import model_of, seeds
 
@@ -61,6 +62,15 @@ def test_a_budget_goes_by_each_texts_own_length(seed, pairs, name, cr):
                 else policy_cache(name, budget(length, cr)))
     model = model_of(seed, (4, 2), max_seq_len=POSITIONS, dmc=name == "pool")
     assert_same(model, pairs, cache_for=cache_for)
+
+
+@pytest.mark.parametrize("count", [0, POSITIONS + 1, 3 * POSITIONS])
+def test_a_continuation_without_a_score_is_refused(count):
+    """Not even beside others; one token fewer is scored."""
+    model, longest = model_of(0, max_seq_len=POSITIONS), ([1], [2] * POSITIONS)
+    with pytest.raises(InputError, match=f"{count} tokens, and this model scores from 1 to 12"):
+        scoring.score(model, [longest, ([1], [2] * count)])
+    assert_same(model, [longest])
 
 
 def test_equal_inputs_are_worked_on_once():
