@@ -5,6 +5,7 @@ folder of tensors (what --resume needs), a folder of weights per model with its 
 `summary.json` (the final table).
 """
 
+import re
 import shutil
 import time
 from dataclasses import asdict
@@ -40,6 +41,7 @@ from nanodmc.tokenizer import Tokenizer
 
 BEGINNING = {"phase": 0, "step": 0, "seconds": 0.0, "tensors": None, "files": None,
              "curve": None}                                            # the state of a new run
+TENSORS = re.compile(r"state-\d+-\d+")        # the name of a folder of them: phase and step
 ANEW = "restore it, or add --redo to begin anew what it spoils"
 
 
@@ -221,7 +223,7 @@ class Run:
     def remove_states(self):
         """Remove every folder of tensors but the saved state's."""
         for folder in self.out.glob("state-*") if self.rank == 0 else ():
-            if folder.name != self.saved["tensors"]:
+            if TENSORS.fullmatch(folder.name) and folder.name != self.saved["tensors"]:
                 shutil.rmtree(folder)
         self.wait()
 

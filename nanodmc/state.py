@@ -18,8 +18,9 @@ from nanodmc.parallel import first_decides, rank_count, this_rank
 from nanodmc.records import curve_until, read_figures
 from nanodmc.weights import verify
 
-METADATA = {"BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex",
-            "StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"}
+# of tensors only: PyTorch would unpickle what an index calls bytes
+METADATA = {"ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+            "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"}
 ALLOWED = {**dict.fromkeys(METADATA, "torch.distributed.checkpoint.metadata"),
            "_StorageInfo": "torch.distributed.checkpoint.filesystem", "Size": "torch",
            "float32": "torch", "bfloat16": "torch", "_get_layout": "torch.serialization",

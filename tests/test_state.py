@@ -10,6 +10,8 @@ import sys
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 import train
 from conftest import (
@@ -88,12 +90,25 @@ class Hostile:
         return os.mkdir, (str(self.marker),)
 
 
+def call_tensors_bytes(folder):
+    """An index of PyTorch's own classes, by which the tensors' file is a pickle to be loaded."""
+    index, file = folder / ".metadata", "__0_0.distcp"
+    metadata = pickle.loads(index.read_bytes())
+    names, size = list(metadata.state_dict_metadata), (folder / file).stat().st_size
+    metadata.state_dict_metadata = {name: BytesStorageMetadata() for name in names}
+    metadata.storage_data = {MetadataIndex(name): _StorageInfo(file, 0, size) for name in names}
+    index.write_bytes(pickle.dumps(metadata))
+
+
 @pytest.mark.parametrize("checked", [True, False])
-@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
-def test_a_hostile_state_executes_nothing(out, tmp_path, capsys, name, checked):
+@pytest.mark.parametrize("name,as_bytes", [(".metadata", False), ("__0_0.distcp", False),
+                                           ("__0_0.distcp", True)])
+def test_a_hostile_state_executes_nothing(out, tmp_path, capsys, name, as_bytes, checked):
     """Neither where its checksums fit, nor where an older version made none."""
     folder, marker = next(out.glob("state-*")), tmp_path / "marker"
     (folder / name).write_bytes(pickle.dumps(Hostile(marker)))
+    if as_bytes:
+        call_tensors_bytes(folder)
 
     def seal(record):
         del record["checksum"], record["curve"], record["files"]
@@ -207,8 +222,11 @@ def test_what_a_kill_left_goes_when_the_run_goes_on(out):
     for folder in ("state-1-2", ".run.json.01234567.partial", "pretrained/.x.01234567.partial"):
         (out / folder).mkdir()
         (out / folder / "file").write_text("part")
+    mine = out / "state-of-mind", out / "state-notes.txt"        # are nobody's leftovers
+    mine[0].mkdir()
+    mine[1].write_text("mine")
     assert train.main(resume(out)) == 0
-    assert not list(out.glob("**/*.partial")) and not list(out.glob("state-*"))
+    assert not list(out.glob("**/*.partial")) and sorted(out.glob("state-*")) == sorted(mine)
 
 
 def test_a_state_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
