@@ -104,7 +104,7 @@ def run(args):
         return
     if args.prompts:
         with nullcontext() if this_rank() else only_writer(args.out):
-            done = read_results(args.out)
+            done = read_results(args.out, writes=this_rank() == 0)
             model, tokenizer, name, facts = find_model(args, device)
             print(f"{shown(name)}\n")
             answer_prompts(args, model, tokenizer, chosen_gain(args, model, facts), done, name)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 
-from nanodmc.files import PARTIAL, InputError, reason, write_atomically
+from nanodmc.files import PARTIAL, InputError, is_number, reason, write_atomically
 from nanodmc.locks import Lock
 from nanodmc.records import seal
 
@@ -103,18 +103,20 @@ def is_torn(text):
     return text[:9] == b'{"line": '[:len(text)] and b"\0" not in text
 
 
-def read_results(path):
+def read_results(path, writes=True):
     """What a file has already: {(line, sample): fingerprint, or None for an error}.
 
-    Creates the file if there is none. Behind a whole result, cuts off what a kill or a power cut
-    left of a last line. Raises InputError for a file of anything else or with a damaged line, and
-    leaves it as it is.
+    The one who writes creates the file if there is none, and behind a whole result cuts off what
+    a kill or a power cut left of a last line. Raises InputError for a file of anything else or with
+    a damaged line, and leaves it as it is.
     """
     done, end = {}, 0
     if path.exists() and not path.is_file():
         raise InputError(f"{path} is no file; name another --out.")
+    if not writes and not path.exists():
+        return done
     try:
-        with path.open("ab+") as f:                         # raises where it cannot be written
+        with path.open("ab+" if writes else "rb") as f:     # raises where it cannot be written
             f.seek(0)
             for number, text in enumerate(f, 1):
                 if not text.endswith(b"\n") and end and is_torn(text):
@@ -122,6 +124,8 @@ def read_results(path):
                 try:
                     result = parsed(text)
                     place = result["line"], result.get("sample", 0)
+                    if not all(is_number(x, 0, kind=int) for x in place):
+                        raise ValueError
                     done[place] = None if "error" in result else fingerprint(result)
                     if not text.endswith(b"\n"):
                         raise ValueError
@@ -131,7 +135,8 @@ def read_results(path):
                         "same command answers its prompt anew." if end else
                         f"{path} is no file of results; name another --out.") from None
                 end += len(text)
-            f.truncate(end)
+            if writes:
+                f.truncate(end)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({reason(error)}); check --out.") from None
     return done

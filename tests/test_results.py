@@ -47,10 +47,26 @@ def test_results_without_a_checksum_are_read(tmp_path):
     assert results.read_results(path).keys() == {(1, 0)}
 
 
+@pytest.mark.parametrize("change", [{"line": "1"}, {"line": -1}, {"line": True}, {"sample": "a"},
+                                    {"sample": None}, {"sample": 0.5}])
+def test_odd_numbers_are_damage(tmp_path, change):
+    path = tmp_path / "old.jsonl"
+    path.write_text(json.dumps(RESULT) + "\n" + json.dumps(RESULT | {"line": 2} | change) + "\n")
+    with pytest.raises(InputError, match="damaged line, number 2"):
+        results.read_results(path)
+
+
+def test_who_does_not_write_makes_no_file(tmp_path):
+    assert results.read_results(tmp_path / "none", writes=False) == {}
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("tail", [b"\0" * 5000, b'{"line": 2, "sam', b'{"line": 2\0\0', b"{"])
 def test_a_torn_tail_is_cut_behind_a_result_only(tmp_path, tail):
     path = tmp_path / "out.jsonl"
     path.write_bytes(two_lines() + tail)
+    assert len(results.read_results(path, writes=False)) == 2
+    assert path.read_bytes() == two_lines() + tail               # the writer may be at work on it
     assert len(results.read_results(path)) == 2 and path.read_bytes() == two_lines()
     path.write_bytes(tail)
     with pytest.raises(InputError, match="no file of results"):
