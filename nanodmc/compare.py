@@ -184,8 +184,10 @@ class Comparison:
         self.facts = {"training": {
             subject.argument: history(Path(subject.argument), subject.settings, ONE_BY_ONE)
             for subject in subjects if subject.settings}, **provenance()}
-        self.plain = {subject.argument: subject.plain[1] for subject in subjects if subject.plain}
-        self.first = {subject.argument: subject.models[0][1] for subject in subjects
+        # one folder may be given by several names
+        self.plain = {subject.argument: subject.plain[1].resolve() for subject in subjects
+                      if subject.plain}
+        self.first = {subject.argument: subject.models[0][1].resolve() for subject in subjects
                       if subject.models[0][3] == "plain"}       # the model given
 
     def run(self, ops, device):
@@ -198,11 +200,11 @@ class Comparison:
                 model = fast_model(load(case.folder, ops, device))
             cut = self.cut[case.argument]
             progress.begin(case, self.cases[number + 1:])
-            first = self.first.get(case.argument)
-            hidden = {} if case.method == "plain" and case.folder == first else None
+            first, folder = self.first.get(case.argument), case.folder.resolve()
+            hidden = {} if case.method == "plain" and folder == first else None
             measured = measure(model, case, cut, progress.add, given.get(first), hidden)
             if case.method == "plain":
-                nats_of[case.folder] = measured.nats
+                nats_of[folder] = measured.nats
             if hidden:
                 given[first] = Given(model.lm_head, hidden)
             plain = nats_of.get(self.plain.get(case.argument))

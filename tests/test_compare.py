@@ -270,6 +270,19 @@ def test_the_divergence_is_that_from_the_model_given(finished):
     assert rows["h2o 2x"]["kl_from_given"] > 0
 
 
+def test_a_model_is_known_by_its_place_however_it_is_written(finished, monkeypatch):
+    """A run beside the model that it started from: it is measured once, and compared with."""
+    monkeypatch.chdir(finished)
+    run, model, found = str(finished), "cr2/../pretrained", []
+    for names in [run], [run, model], [model, run]:
+        done = compare.Comparison(names, [], [], None, 90, None)
+        done.run(dmc, "cpu")
+        assert len(done.rows) == 4
+        row = next(row for row in done.rows if "DMC 2x" in row["name"])
+        found.append([row[x] for x in ("nats_per_token", "above_plain", "kl_from_given")])
+    assert found[0] == found[1] == found[2] and None not in found[0]
+
+
 def test_ctrl_c_keeps_what_is_done(finished, tmp_path, capsys, monkeypatch):
     measure, calls = compare.measure, iter(range(100))
 
