@@ -155,7 +155,7 @@ class Text:
             end = min(stop, int(self.ends[i]))
             parts.append(self.tokens[at + self.shift[i]:end + self.shift[i]])
             at = end
-        return np.concatenate(parts)
+        return np.concatenate(parts) if parts else self.tokens[:0]
 
 
 def files_of(settings, wrong):

@@ -74,7 +74,7 @@ def prior(alpha, cr, exact=False):
     """Eq. 10. alpha (L, B, G, T). exact, in solidify and beyond the paper: from both sides.
 
     A short retrofit overshoots by several percent, and the LM loss alone is slow to bring the CR
-    back. There the batch as a whole is held to the target.
+    back. There the sequences of each pass together are held to the target.
     """
     return ((1 - alpha).mean() - 1 / cr).abs() if exact else dmc.compression_loss(alpha, cr)
 
