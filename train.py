@@ -105,11 +105,12 @@ def train_phase(run, index):
             run.save_state(index, step, model, optimizer)
             raise
         except FloatingPointError as error:
+            rate = "--pretrain-lr" if phase.name == "pretrain" else "--lr"
             raise InputError(
                 f"{error} at step {step} of {phase.name}, batch {phase.position + step} of the "
                 f"data; the last good state, before step {run.saved['step']} of "
-                f"{run.phases[run.saved['phase']].name}, is kept: --resume with a lower --lr or "
-                "--clip.") from None
+                f"{run.phases[run.saved['phase']].name}, is kept: --resume with a lower {rate} "
+                "or --clip.") from None
         run.metrics.record(index, step, figures, time.perf_counter() - began)
         step += 1
         if step in phase.keep:

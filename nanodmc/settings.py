@@ -271,7 +271,8 @@ PRESETS = {
                    "retrofit_steps": 210, "solidify_steps": 50, "distill": 1.0, "choose_pair": True,
                    "tau": 0.5, "c": 3.0, "final_noise": 0.1, "cr_weight": 3.0, "lr": 2e-4,
                    "channel_lr_factor": 25.0, "eval_sequences": 64}}
-CHANGEABLE = {"lr", "clip", "save_every", "log_every", "solidify"}      # when a run is resumed
+RATES = ["lr", "pretrain_lr"]
+CHANGEABLE = {*RATES, "clip", "save_every", "log_every", "solidify"}    # when a run is resumed
 
 
 # ------------------------------------------------------------------------------------- the flags
@@ -356,7 +357,8 @@ def resumed_settings(out, given):
             raise InputError(f"{flag(name)} was {getattr(before, name)} when {out} began; resume "
                              "without it, or start a new run.")
     settings = replace(before, **given)
-    if plan(replace(settings, lr=before.lr))[:len(plan(before))] != plan(before):
+    same_rates = replace(settings, **{name: getattr(before, name) for name in RATES})
+    if plan(same_rates)[:len(plan(before))] != plan(before):
         raise InputError("--solidify can name more CRs only behind those that it named before, and "
                          "without a control; start a new run.")
     return settings

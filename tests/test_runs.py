@@ -190,12 +190,19 @@ def test_no_number_for_a_loss_stops_the_run_and_keeps_the_state(tmp_path, finish
     assert curve(out) == curve(finished)
 
 
-def test_resume_may_lower_the_learning_rate(tmp_path, text):
-    out = tmp_path / "run"
-    assert interrupted(out, text, break_model) == 2
-    assert train.main(["--out", str(out), "--resume", "--lr", "1e-4"]) == 0
-    assert json.loads((out / "run.json").read_text())["settings"]["lr"] == 1e-4
-    assert {e["lr"] for e in curve(out) if e["phase"] == "retrofit"} == {5e-5, 1e-4}
+@pytest.mark.parametrize("at,phase,flag", [(5, "pretrain", "--pretrain-lr"),
+                                           (13, "retrofit", "--lr")])
+def test_resume_may_lower_the_learning_rate_as_advised(tmp_path, text, capsys, at, phase, flag):
+    """The flag that the message names is that of the phase at fault, saved before its step 4."""
+    out, name = tmp_path / "run", flag[2:].replace("-", "_")
+    assert interrupted(out, text, break_model, at=at) == 2
+    assert f"--resume with a lower {flag} or --clip" in capsys.readouterr().err
+    before = {e["step"]: e["lr"] for e in curve(out) if e["phase"] == phase}
+    assert train.main(["--out", str(out), "--resume", flag, "1e-5"]) == 0
+    assert json.loads((out / "run.json").read_text())["settings"][name] == 1e-5
+    after = {e["step"]: e["lr"] for e in curve(out) if e["phase"] == phase}
+    assert after.items() >= {step: lr for step, lr in before.items() if step < 4}.items()
+    assert all(lr <= 1e-5 for step, lr in after.items() if step >= 4)
 
 
 def test_resume_says_where_it_goes_on(tmp_path, finished, text, capsys):
