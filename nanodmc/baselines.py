@@ -1,5 +1,7 @@
 """What DMC is compared with."""
 
+from dataclasses import replace
+
 import torch
 
 from dmc_fast import PagedCache
@@ -25,8 +27,12 @@ class PoolingCache:
 
 
 def pooling_cache(make, every):
-    """A function that makes a PoolingCache (appendix E). make: a Cache, or what makes one."""
-    return lambda *args, **kwargs: PoolingCache(make(*args, **kwargs), every)
+    """A function that makes a PoolingCache (appendix E). make: a Cache, or what makes one.
+
+    It averages whole blocks, without the model's window.
+    """
+    return lambda config, *args, **kwargs: PoolingCache(
+        make(replace(config, window=None), *args, **kwargs), every)
 
 
 class PoolingPages(PagedCache):
