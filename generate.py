@@ -44,13 +44,14 @@ from nanodmc.checkpoint import SHAPES, find_checkpoint, verify
 from nanodmc.cli import OPS, Parser, number, run_command, silence, wrapped
 from nanodmc.compare import compare
 from nanodmc.files import InputError, read_json
+from nanodmc.locks import only_writer
 from nanodmc.machine import fast_model
 from nanodmc.merges import show_merges
 from nanodmc.parallel import load_part, over_ranks, random_part, rank_count, this_rank
 from nanodmc.policies import POLICIES
 from nanodmc.prompts import LIMITS, answer_prompts, read_prompt
 from nanodmc.requests import EMPTY, checked_count
-from nanodmc.results import only_writer, read_results, refuse_files_of, refuse_same_files
+from nanodmc.results import read_results, refuse_files_of, refuse_same_files
 from nanodmc.sampling import chooser, generate
 from nanodmc.seeds import is_comparison
 from nanodmc.settings import flag
@@ -106,7 +107,7 @@ def run(args):
         with nullcontext() if this_rank() else only_writer(args.out):
             done = read_results(args.out, writes=this_rank() == 0)
             model, tokenizer, name, facts = find_model(args, device)
-            print(f"{shown(name)}\n")
+            print(to_show(f"{name}\n"))
             answer_prompts(args, model, tokenizer, chosen_gain(args, model, facts), done, name)
         return
     text = read_prompt(args.prompt_file) if args.prompt_file else args.prompt
@@ -114,7 +115,7 @@ def run(args):
     prompt = None if args.chat or args.analyse else tokenizer.encode(text, prefix=True)
     if prompt == []:
         raise InputError(EMPTY)
-    print(f"{shown(name)}\n")
+    print(to_show(f"{name}\n"))
     if args.chat:
         print(cache_report(talk(args, model, tokenizer, name, chosen_gain(args, model, facts))))
     elif args.analyse:
@@ -133,11 +134,6 @@ def check_prompts(args):
         raise InputError(f"{args.prompts} is no file; check --prompts.")
     if args.batch and len(args.batch) > 1:
         raise InputError("--prompts takes one size of --batch; leave the others out.")
-
-
-def shown(name):
-    """The name of a model or of a file, as it may stand on stdout."""
-    return to_show(str(name))
 
 
 def chosen_device(args):

@@ -14,7 +14,6 @@ from nanodmc.evaluate import decisions
 from nanodmc.files import InputError, write_json
 from nanodmc.heldout import chosen
 from nanodmc.plots import plot_analyses
-from nanodmc.terminal import to_show
 
 
 def pieces_of(documents, size):
@@ -151,9 +150,9 @@ def write_analyses(out, folder, model, tokenizer, data, tokens):
     drawn = plot_analyses(facts, out / "analyses.png")
     words = facts["figure 12"]["agreement with words of layers and heads"]
     best = max((x, layer, head) for layer, row in enumerate(words) for head, x in enumerate(row))
-    print(wrapped(to_show(
+    print(wrapped(
         f"{facts['tokens']:,} tokens of {name}: CR {facts['cr']:.2f}, and "
         f"{facts['padded_cr']:.2f} in a cache that pads every head to its layer's longest. Most "
         f"like words are the slots of layer {best[1]}, head {best[2]}: correlation {best[0]:.2f}. "
         f"{out / 'analyses.json'} has the figures"
-        + (f", and {out / 'analyses.png'} shows them." if drawn else "."))))
+        + (f", and {out / 'analyses.png'} shows them." if drawn else ".")))

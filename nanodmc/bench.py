@@ -23,7 +23,6 @@ from nanodmc.pool import PAGE, page_bytes, pages_that_fit
 from nanodmc.prompts import read_prompt
 from nanodmc.requests import Request
 from nanodmc.results import refuse_files_of
-from nanodmc.terminal import to_show
 from nanodmc.tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------- measuring
@@ -299,7 +298,7 @@ def benchmark(args, device):
            "different as in the paper's figure 6.")
     if ranks > 1:
         how += f" {ranks} ranks share the model; CR, bytes and shares are those of rank 0."
-    print(to_show(wrapped(f"{name}. {how}")))
+    print(wrapped(f"{name}. {how}"))
     rows, facts = [], provenance()
     for prompt in prompts:
         bench = Bench(model, prompt, count, gigabytes, texts)
@@ -317,7 +316,7 @@ def benchmark(args, device):
     drawn = plot_bench(first, plot)
     print("\nThe paper's own ratios, on an H100 with Megatron-LM: 3.4 to 3.7 at CR 4, up to 7\n"
           "at CR 8 (published, not measured here).")
-    print(to_show(wrapped(f"Figures are in {path}, drawn in {plot}.")) if drawn else
+    print(wrapped(f"Figures are in {path}, drawn in {plot}.") if drawn else
           f"{wrapped(f'Figures are in {path}. For a plot too:')}\n{installing('matplotlib')}")
 
 

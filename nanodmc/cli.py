@@ -147,8 +147,11 @@ def outcome(name, carry_out):
 
 
 def wrapped(text):
-    """A text in lines of at most 80 columns, cut at blanks only: paths and commands stay whole."""
-    return textwrap.fill(text, 80, break_long_words=False, break_on_hyphens=False)
+    """A text to print, in lines of at most 80 columns, harmless on a terminal.
+
+    It is cut at blanks only: paths and commands stay whole.
+    """
+    return textwrap.fill(to_show(text), 80, break_long_words=False, break_on_hyphens=False)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from nanodmc.contenders import ONE_BY_ONE, Subject, all_cases, held_out
 from nanodmc.files import InputError, write_json, write_text
 from nanodmc.heldout import chosen, pieces
 from nanodmc.history import history
+from nanodmc.locks import only_writer
 from nanodmc.machine import fast_model
 from nanodmc.plots import plot_comparison
 from nanodmc.seeds import combine, is_comparison
@@ -157,6 +159,19 @@ def checked_out(out):
     check_folder(out.parent)
 
 
+@contextmanager
+def sole_writer(out):
+    """Nobody else writes a comparison to `out`, if that is given. Raises InputError as above."""
+    if not out:
+        yield
+        return
+    checked_out(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with only_writer(out):
+        checked_out(out)                 # another one may have come to its end
+        yield
+
+
 class Comparison:
     """The rows so far, and where they go. Raises InputError where nothing can be compared.
 
@@ -235,17 +250,22 @@ def compare(args, device):
     InputError.
     """
     if any(map(is_comparison, args.compare)):
-        if args.out:
-            checked_out(args.out)
-        combine(args.compare, args.out)
+        with sole_writer(args.out):
+            combine(args.compare, args.out)
         return
     policies = None if args.policy is None else [p for p in args.policy.split(",") if p]
     ratios = args.cr or [2.0, 4.0, 8.0]
     done = Comparison(args.compare, policies, ratios, args.data, args.tokens, args.out)
+    with sole_writer(args.out):
+        print(wrapped(about(done.text)) + "\n")
+        carry_out(done, args.out, OPS[args.ops], device)
+
+
+def carry_out(done, out, ops, device):
+    """Measure a Comparison, and show what came out, also after Ctrl-C."""
     text = done.text
-    print(wrapped(about(text)) + "\n")
     try:
-        done.run(OPS[args.ops], device)
+        done.run(ops, device)
     except KeyboardInterrupt:
         print("\n" + table(done.rows, text) if done.rows else "")
         print(wrapped(f"Stopped. {len(done.rows)} of {len(done.cases)} rows are done."
@@ -253,8 +273,8 @@ def compare(args, device):
         raise
     print(table(done.rows, text))
     said = done.where()
-    if args.out:
-        picture = Path(args.out).with_suffix(".png")
+    if out:
+        picture = out.with_suffix(".png")
         drawn = plot_comparison(done.rows, text, picture)
         said += f" {picture} is the plot." if drawn else ""
     if said:

@@ -5,7 +5,7 @@ from collections import defaultdict
 
 from nanodmc.cli import wrapped
 from nanodmc.policies import POLICIES
-from nanodmc.terminal import ProgressLine, duration
+from nanodmc.terminal import ProgressLine, duration, to_show
 
 NAME, WIDTHS = 21, (6, 7, 11, 8, 10, 9, 8)       # columns of the table
 GUESS = 2            # times that a policy takes a plain model's time, until one was timed
@@ -45,11 +45,12 @@ def notes(text):
 
 
 def in_columns(rows, first, widths):
-    """Yield rows of texts as lines: a name of `first` columns, then columns of `widths`.
+    """Yield rows of texts as lines to print: a name of `first` columns, then columns of `widths`.
 
     A long name has a line of its own.
     """
     for name, *texts in rows:
+        name = to_show(name)
         if len(name) >= first:
             yield name
             name = ""

@@ -101,8 +101,9 @@ def write_json(path, value):
 
 
 def write_text(path, text):
-    """Write a text in UTF-8, whole or not at all. Raises InputError."""
-    write_atomically(path, lambda f: f.write_text(text, encoding="utf-8"))
+    """Write a text in UTF-8, whole or not at all; what UTF-8 lacks, escaped. Raises InputError."""
+    write_atomically(path, lambda f: f.write_text(text, encoding="utf-8",
+                                                  errors="backslashreplace"))
 
 
 def read_bytes(path, limit=2 ** 28):

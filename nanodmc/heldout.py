@@ -21,7 +21,8 @@ def given_documents(patterns):
     """Yield the texts in the files that --data names. Raises InputError."""
     for path in text_files(patterns):
         for text, _ in documents(path, "text"):
-            yield text
+            # half of a surrogate pair, as the tokenizer reads it
+            yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def run_documents(folder, settings, given, key, tokenizer):

@@ -5,8 +5,7 @@ from itertools import groupby
 
 import numpy as np
 
-from nanodmc.files import read_json
-from nanodmc.records import damaged, read_curve, read_figures
+from nanodmc.records import read_curve, read_figures, read_summary
 
 WIDTH = 10               # steps at least that a point of the curve is the mean of
 POINTS = 24              # points of a phase's curve at most, and perhaps one more
@@ -30,9 +29,7 @@ def history(run, s, remedy="restore it from a copy"):
 
 def finished(path, remedy):
     """Of a run with this summary.json, where and when it ended; None of one without."""
-    summary = read_json(path) if path.exists() else {}
-    if not isinstance(summary, dict):
-        raise damaged(path, "no summary", remedy)
+    summary = read_summary(path, remedy) if path.exists() else {}
     return {key: summary[key] for key in ORIGIN if key in summary} or None
 
 

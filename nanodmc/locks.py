@@ -1,13 +1,16 @@
 """The sole right to write to a run, a file of results or a cache, while a process does so."""
 
 import fcntl
+import glob
 import os
+import shutil
 import socket
 import time
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
-from nanodmc.files import InputError, reason
+from nanodmc.files import PARTIAL, InputError, reason
 
 
 class Lock:
@@ -71,3 +74,16 @@ class Lock:
 
     def __exit__(self, *_):
         self.release()
+
+
+@contextmanager
+def only_writer(path):
+    """Nobody else writes to this file of results meanwhile, under whatever link.
+
+    What killed writes left beside it goes. Raises InputError where another process holds it.
+    """
+    path = path.resolve()
+    with Lock(path.with_name(f".{path.name}.lock"), path):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield

@@ -20,7 +20,7 @@ from nanodmc.config import checked_config
 from nanodmc.control_pair import turned
 from nanodmc.files import InputError, read_text, reason
 from nanodmc.locks import Lock
-from nanodmc.terminal import CountLine
+from nanodmc.terminal import CountLine, to_show
 from nanodmc.tokenizer import Tokenizer
 from nanodmc.weights import is_zip, plainly, what_is_wrong
 
@@ -67,7 +67,8 @@ def convert(source, out, tokenizer):
         save(model, out, words, SHARD_BYTES, lambda done, total: line.tell(
             "MB written", done // 10 ** 6, total // 10 ** 6), converted_from=str(source))
     line.clear()
-    print(f"{out} has the model: {sum(p.numel() for p in model.parameters()):,} parameters.")
+    count = sum(p.numel() for p in model.parameters())
+    print(to_show(f"{out} has the model: {count:,} parameters."))
 
 
 def read_model(source, vocab_size):

@@ -1,12 +1,11 @@
 """Every picture that the project draws, with matplotlib where it is installed."""
 
-
 import numpy as np
 
 from nanodmc.cli import installing
-from nanodmc.files import InputError, read_json, write_json
+from nanodmc.files import InputError, write_atomically, write_json
 from nanodmc.phases import plan
-from nanodmc.records import read_curve
+from nanodmc.records import damaged, read_curve, read_summary
 from nanodmc.settings import read_run
 from nanodmc.tables import averaged
 
@@ -18,6 +17,17 @@ def new_figure(width, height):
     except ImportError:
         return None
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure, path, dpi):
+    """Write a figure as the picture that its path names, whole or not at all. Raises InputError."""
+    write_atomically(path, lambda f: figure.savefig(f, dpi=dpi))
+
+
+def as_label(name):
+    """The name of a file or of a model, as matplotlib may draw it: no formula, no odd character."""
+    text = str(name).encode("utf-8", "backslashreplace").decode()
+    return text.replace("$", r"\$")
 
 
 # ---------------------------------------------------------------------------------------- a run
@@ -37,9 +47,9 @@ def plot_runs(folders):
                            sharey="row" if len(folders) > 1 else False)
     for folder, axes in zip(folders, grid.T, strict=True):
         plot_run(figure, axes, folder)
-    figure.savefig(folders[0] / "plot.png", dpi=110)
+    save(figure, folders[0] / "plot.png", 110)
     print(f"{folders[0] / 'plot.png'} shows {len(folders)} run{'s' * (len(folders) > 1)}.")
-    finished = {folder: read_json(folder / "summary.json") for folder in folders
+    finished = {folder: read_summary(folder / "summary.json") for folder in folders
                 if (folder / "summary.json").exists()}
     controlled = {folder: summary for folder, summary in finished.items() if "control" in summary}
     for folder, summary in finished.items():
@@ -59,8 +69,12 @@ def plot_run(figure, axes, folder):
     settings = read_run(folder)["settings"]
     if not decided and settings.variant != "gqa":
         raise InputError(f"{path} has no step with decisions yet; let the run get to its retrofit.")
-    plot_curves(axes[0], axes[1], entries, [phase.position for phase in plan(settings)])
-    axes[0].set_title(str(folder))
+    starts = [phase.position for phase in plan(settings)]
+    if any(e["index"] >= len(starts) for e in entries) or len({np.shape(e["heads"])
+                                                               for e in decided}) > 1:
+        raise damaged(path, "it is no curve of this run")
+    plot_curves(axes[0], axes[1], entries, starts)
+    axes[0].set_title(as_label(folder))
     if not decided:
         axes[2].set_axis_off()
         axes[3].set_axis_off()
@@ -154,7 +168,7 @@ def plot_memory(summary, path):
     axes.margins(y=0.1)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    save(figure, path, 150)
     return True
 
 
@@ -183,11 +197,12 @@ def plot_ratios(summaries, path):
     figure = new_figure(6.4, 4)
     axes = figure.subplots()
     for name, points in lines.items():
-        axes.plot(*zip((1.0, 0.0), *points, strict=True), marker="o", markersize=4, label=name)
+        axes.plot(*zip((1.0, 0.0), *points, strict=True), marker="o", markersize=4,
+                  label=as_label(name))
     axes.set(xlabel="compression ratio", ylabel="loss above the control's, nats")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=7)
-    figure.savefig(f"{path}.png", dpi=130)
+    save(figure, f"{path}.png", 130)
 
 
 def plot_analyses(facts, path):
@@ -214,7 +229,7 @@ def plot_analyses(facts, path):
     position.set(title="merges by position", xlabel="position", ylabel="mean alpha", ylim=(0, 1))
     for axis in (length, position):
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    save(figure, path, 110)
     return True
 
 
@@ -240,21 +255,21 @@ def plot_comparison(rows, text, path):
         plain = [r for r in rows if (r["argument"], r["method"]) == (method[0], "plain")]
         if method[1] == "plain":
             for row in mine:
-                axes.annotate(row["name"], point(row)[:2], (-5, 5), fontsize=7, ha="right",
-                              textcoords="offset points")
+                axes.annotate(as_label(row["name"]), point(row)[:2], (-5, 5), ha="right",
+                              fontsize=7, textcoords="offset points")
         else:
             mine = sorted(plain[-1:] + mine, key=lambda row: -row["cache_bytes"])
         x, y, bars = zip(*map(point, mine), strict=True)
-        axes.errorbar(x, y, bars, label=label, marker="o", markersize=4, capsize=2, linewidth=1.2,
-                      elinewidth=0.7, color=f"C{number % 10}",
+        axes.errorbar(x, y, bars, label=as_label(label), marker="o", markersize=4, capsize=2,
+                      linewidth=1.2, elinewidth=0.7, color=f"C{number % 10}",
                       linestyle="none" if method[1] == "plain" else "-")
     axes.set_xlabel(f"cache in use after {text['context']:,} tokens or the text's end, mean (kB)")
     axes.set_ylabel(f"nats per {unit}; bars: standard error\nof the difference to the plain model")
-    axes.set_title(text["name"], fontsize=9)
+    axes.set_title(as_label(text["name"]), fontsize=9)
     axes.set_xlim(0, None)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    save(figure, path, 150)
     return True
 
 
@@ -278,5 +293,5 @@ def plot_bench(rows, path):
                           ha="right", va="bottom")
     axes.set(xlabel="compression ratio", ylabel="tokens per second", ylim=(0, None))
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    save(figure, path, 150)
     return True

@@ -121,9 +121,31 @@ def read_curve(path, remedy="restore it from a copy", limit=None):
 
 
 def heads_of(entry):
-    """Whether an entry has a CR of each layer and head, or none at all."""
-    return "heads" not in entry or all(
-        is_number(cr, 0) for row in entry["heads"] for cr in row)
+    """Whether an entry has a CR, and one of each layer and head; or none of each."""
+    if "heads" not in entry:
+        return True
+    rows = entry["heads"]
+    return (entry["cr"] is not None and min(map(len, rows)) == max(map(len, rows)) > 0
+            and all(is_number(cr, 0) for row in rows for cr in row))
+
+
+def read_summary(path, remedy="restore it from a copy"):
+    """A finished run's summary.json. Raises InputError where it is damaged."""
+    summary = read_json(path)
+    if not isinstance(summary, dict):
+        raise damaged(path, "no summary", remedy)
+    entries, settings = summary.get("dmc"), summary.get("settings")
+    sound = (is_number(summary.get("pretrained")) and is_number(summary.get("control", 0))
+             and isinstance(summary.get("unit"), str) and isinstance(settings, dict)
+             and is_number(settings.get("retrofit_steps"), 0, kind=int)
+             and isinstance(entries, list) and entries and all(
+                 isinstance(entry, dict) and is_number(entry.get("cr"), 1)
+                 and is_number(entry.get("target"), 1)
+                 and all(is_number(entry.get(key)) for key in ("loss", "pooling"))
+                 for entry in entries))
+    if not sound:
+        raise damaged(path, "no summary of a run", remedy)
+    return summary
 
 
 def curve_until(path, phases, index, step, remedy, checksum=None):

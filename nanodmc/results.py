@@ -6,16 +6,13 @@ finish and cr; or error, a sentence. Last comes `check`, a checksum of the rest;
 none. Errors are tried again whenever the file is continued.
 """
 
-import glob
 import hashlib
 import json
 import shutil
-from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 
-from nanodmc.files import PARTIAL, InputError, is_number, reason, write_atomically
-from nanodmc.locks import Lock
+from nanodmc.files import InputError, is_number, reason, write_atomically
 from nanodmc.records import seal
 
 # the files that decide a text: sizes, weights, vocabulary, and which tokens end a text
@@ -66,19 +63,6 @@ def refuse_files_of(folder, **files):
     for flag, path in files.items():
         if path and path.exists() and any(path.samefile(file) for file in theirs):
             raise InputError(f"{path} belongs to the model; give --{flag} another file.")
-
-
-@contextmanager
-def only_writer(path):
-    """Nobody else writes to this file of results meanwhile, under whatever link.
-
-    What killed writes left beside it goes. Raises InputError where another process holds it.
-    """
-    path = path.resolve()
-    with Lock(path.with_name(f".{path.name}.lock"), path):
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
-            shutil.rmtree(left, ignore_errors=True)
-        yield
 
 
 def as_line(result):

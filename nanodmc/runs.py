@@ -36,6 +36,7 @@ from nanodmc.settings import new_settings, read_run, resumed_settings
 from nanodmc.state import check_weights, load_tensors, save_tensors, whole_phases, writing
 from nanodmc.stopping import Stopped
 from nanodmc.tables import heat_map, show, table
+from nanodmc.terminal import to_show
 from nanodmc.text import load_data
 from nanodmc.tokenizer import Tokenizer
 
@@ -252,8 +253,8 @@ class Run:
             write_json(self.out / "summary.json", summary | facts)
         print(table(summary))
         print(heat_map(summary["dmc"][-1]["heads"]))
-        print(f"\n{facts['seconds']:.0f} s. Everything is in {self.out}. Next:\n"
-              f"    {typed('generate.py', '--ckpt', self.out)}")
+        print(to_show(f"\n{facts['seconds']:.0f} s. Everything is in {self.out}. Next:\n"
+                      f"    {typed('generate.py', '--ckpt', self.out)}"))
 
     def seconds(self):
         """How long the run has taken, over all sittings."""

@@ -36,7 +36,12 @@ def read_rows(path):
     sound = isinstance(rows, list) and all(map(is_row, rows))
     if not rows or not sound:
         raise InputError(f"{path} holds no rows of --compare; give what its --out wrote.")
-    return {short(row): row for row in rows}
+    named = {short(row): row for row in rows}
+    if len(named) < len(rows):
+        twice = next(name for name in named if sum(short(row) == name for row in rows) > 1)
+        raise InputError(f"{path} has two rows called {twice} without the folders above; give the "
+                         "last folders of its --compare different names.")
+    return named
 
 
 def short(row):
@@ -54,9 +59,9 @@ def reference(rows):
 def combined(paths):
     """A row for each name: mean, least and most over the files, of the loss and of its distance.
 
-    Raises InputError where the files do not hold the same rows.
+    paths: each file once. Raises InputError where the files do not hold the same rows.
     """
-    files = {path: read_rows(path) for path in dict.fromkeys(paths)}
+    files = {path: read_rows(path) for path in paths}
     first, *others = files
     names = list(files[first])
     for path in others:
@@ -87,14 +92,15 @@ def cells(row):
 
 def combine(paths, out):
     """Print the table of comparisons at several seeds; out: write FILE.json and FILE.md too."""
+    paths = list({Path(path).resolve(): path for path in reversed(paths)}.values())[::-1]
     rows, facts = list(combined(paths)), provenance()
     heads = "", "CR", "nats/byte", "above", "least to most"
     print("\n".join(in_columns([heads, *map(cells, rows)], NAME, WIDTHS)))
-    note = (f"Means over {len(set(paths))} files. above: {rows[0]['base']}, in nats per byte, the "
+    note = (f"Means over {len(paths)} files. above: {rows[0]['base']}, in nats per byte, the "
             "mean and its range.")
     print("\n" + wrapped(note))
     if out:
         lines = ["| " + " | ".join(texts) + " |" for texts in [heads, *map(cells, rows)]]
         page = "\n".join([lines[0], "|---|" + "--:|" * 4, *lines[1:], "", note, ""])
-        write_json(out, {"rows": rows, "files": list(map(str, paths)), **facts})
+        write_json(out, {"rows": rows, "files": paths, **facts})
         write_text(out.with_suffix(".md"), page)

@@ -8,7 +8,7 @@ import textwrap
 from collections import deque
 from statistics import fmean
 
-from nanodmc.terminal import duration
+from nanodmc.terminal import duration, to_show
 
 WIDTH = 79
 LOG_HEAD = (f"{'phase':<12}{'step':>8}{'loss':>11}{'target':>7}{'CR':>7}{'lr':>8}{'tok/s':>8}"
@@ -21,7 +21,7 @@ def show(text, name=""):
     A no-break space keeps what stands around it on one line, and comes out as a space.
     """
     indent = " " * 10 if name else ""
-    lines = textwrap.fill(f"{name:<{len(indent)}}{text}", WIDTH, subsequent_indent=indent,
+    lines = textwrap.fill(f"{name:<{len(indent)}}{to_show(text)}", WIDTH, subsequent_indent=indent,
                           break_long_words=False, break_on_hyphens=False)
     print(lines.replace("\N{NO-BREAK SPACE}", " "), flush=True)
 

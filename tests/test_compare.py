@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import statistics
 from pathlib import Path
@@ -25,6 +26,7 @@ from nanodmc.contenders import Case, Subject
 from nanodmc.files import InputError
 from nanodmc.heldout import Piece, chosen, pieces
 from nanodmc.history import history
+from nanodmc.locks import only_writer
 from nanodmc.records import write_sealed
 from nanodmc.text import load_data
 from nanodmc.tokenizer import Tokenizer
@@ -268,6 +270,27 @@ def test_the_divergence_is_that_from_the_model_given(finished):
         assert rows[name]["kl_from_given"] > 0
     assert rows["pretrained"]["kl_from_given"] == 0
     assert rows["h2o 2x"]["kl_from_given"] > 0
+
+
+def test_nobody_else_writes_a_comparison_meanwhile(finished, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    command = ["--compare", str(finished), "--policy", "", "--tokens", "90"]
+    with only_writer(tmp_path / "out/rows.json"):
+        said = refusal(generate.main, [*command, "--out", str(tmp_path / "out/rows.json")], capsys,
+                       tmp_path)
+    assert f"is being written by process {os.getpid()}" in said
+
+
+@pytest.mark.parametrize("name,text", [(b"caf\xe9.txt", '{"text": "3 times 4"}'),
+                                       (b"half.jsonl", '{"text": "a\\ud83d 3 times 4"}')])
+def test_texts_and_names_that_utf8_lacks(plain, tmp_path, name, text):
+    path, out = tmp_path / os.fsdecode(name), tmp_path / "rows.json"
+    path.write_text(text)
+    assert generate.main(["--compare", str(plain), "--policy", "", "--data", str(path),
+                          "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())
+    assert all(math.isfinite(row["nats_per_byte"]) for row in rows["rows"])
+    assert out.with_suffix(".md").is_file()
 
 
 def test_a_model_is_known_by_its_place_however_it_is_written(finished, monkeypatch):

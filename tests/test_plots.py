@@ -1,8 +1,11 @@
 """Properties of nanodmc/plots.py: every picture is drawn, or it is said why not."""
 
+import errno
 import json
+import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +59,40 @@ def test_loss_against_memory_needs_no_control(finished, tmp_path):
         assert is_picture(tmp_path / f"{name}.png")
         facts.pop("control", None)
     assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()
+
+
+CURVE = {"index": 3, "step": 0, "phase": "retrofit", "loss": 1.0, "cr": 1.5, "target_cr": 1.0}
+
+
+@pytest.mark.parametrize("name,change", [
+    ("summary.json", {}), ("summary.json", None), ("summary.json", {"dmc": [{}]}),
+    ("metrics.jsonl", CURVE | {"index": 99}), ("metrics.jsonl", CURVE | {"heads": [[1.0], []]}),
+    ("metrics.jsonl", CURVE | {"heads": []}), ("metrics.jsonl", CURVE | {"heads": [[1.0] * 7]}),
+    ("metrics.jsonl", CURVE | {"cr": None, "heads": [[1.0]]})])
+def test_damage_is_told(name, change, finished, tmp_path, capsys):
+    oracle("matplotlib")
+    run = shutil.copytree(finished, tmp_path / "run")
+    if name == "summary.json":
+        (run / name).write_text(json.dumps(change and
+                                           json.loads((run / name).read_text()) | change))
+    else:
+        with (run / name).open("a") as file:
+            file.write(json.dumps(change) + "\n")
+    assert train.main(["--plot", str(run)]) == 2
+    assert f"{name} is damaged" in capsys.readouterr().err
+
+
+def test_a_picture_is_whole_or_as_it_was(finished, tmp_path, monkeypatch, capsys):
+    figure = pytest.importorskip("matplotlib.figure")
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "plot.png").write_text("as it was")
+
+    def full(self, file, **_):
+        Path(file).write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(figure.Figure, "savefig", full)
+    told = refusal(train.main, ["--plot", str(run)], capsys, tmp_path)
+    assert "plot.png cannot be written (No space left on device)" in told
 
 
 def test_a_run_without_decisions_is_drawn_as_far_as_it_goes(tmp_path, text, capsys):

@@ -1,6 +1,8 @@
 """Comparisons of several seeds, put together."""
 
+import contextlib
 import json
+import re
 from statistics import fmean
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 import generate
 from conftest import refusal
 from nanodmc import seeds
+from test_cli import Terminal
 
 losses = st.floats(0.5, 4, allow_nan=False)
 
@@ -53,6 +56,23 @@ def test_the_table_and_the_files(tmp_path, capsys):
     assert "| b DMC 2x | 2.00-2.20 | 1.7000 | +0.2000 |" in (tmp_path / "all.md").read_text()
 
 
+def test_a_file_counts_once_however_it_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    comparison(tmp_path / "0.json", 0, 1.5, 1.6)
+    assert generate.main(["--compare", "0.json", "./0.json", str(tmp_path / "0.json")]) == 0
+    assert "Means over 1 files" in capsys.readouterr().out
+
+
+def test_no_row_commands_a_terminal(tmp_path):
+    path, screen = tmp_path / "0.json", Terminal()
+    comparison(path, 0, 1.5, 1.6)
+    path.write_text(path.read_text().replace("control", "\\u001b[A\\r control"))
+    with contextlib.redirect_stdout(screen):
+        assert generate.main(["--compare", str(path)]) == 0
+    assert "\u241b[A\u240d control" in screen.getvalue()
+    assert not re.search(r"[\x00-\x08\x0b-\x1f]", screen.getvalue())
+
+
 def test_what_cannot_be_put_together(tmp_path, capsys):
     good = comparison(tmp_path / "good.json", 0, 1.5, 1.6)
     other = tmp_path / "other.json"
@@ -64,6 +84,8 @@ def test_what_cannot_be_put_together(tmp_path, capsys):
     assert "holds no rows of --compare" in refuse()
     other.write_text(json.dumps({"rows": [row("runs/1/a", "x", "DMC", 1.0)]}))
     assert "do not compare the same" in refuse()
+    other.write_text(json.dumps({"rows": [row(f"runs/{i}/a", "x", "DMC", 1.0) for i in (0, 1)]}))
+    assert "has two rows called a x" in refuse()
     other.unlink()
     assert "compare results with results" in refuse()
     comparison(other, 1, 1.5, 1.6)
