@@ -64,7 +64,7 @@ def renderer(tokenizer, source):
         try:
             return environment.from_string(template).render(
                 messages=messages, add_generation_prompt=True)
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:      # of whatever the template does
             raise InputError(f"the chat template of {source} fails ({one_line(error)}); restore "
                              "it, or continue a text with --prompt.") from None
     render([{"role": "user", "content": "Hello"}])

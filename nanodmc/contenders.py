@@ -52,8 +52,10 @@ class Subject:
         else:
             folder = locate(argument)
             folders = {folder.name or str(folder): folder}
-        self.models = [(name, path, config := read_config(path), kind_of(path, config))
-                       for name, path in folders.items()]
+        self.models = [(name, path, config := read_config(path),
+                        # of a run, what it started from, whatever became of that before
+                        "plain" if self.settings and name == "pretrained"
+                        else kind_of(path, config)) for name, path in folders.items()]
         plain = [model for model in self.models if model[3] == "plain"]
         self.plain = plain[-1] if plain else None           # of a run, the control if it has one
         self.tokenizer = Tokenizer.from_folder(self.models[0][1])
@@ -90,8 +92,9 @@ class Subject:
         """
         before = "" if alone else f"{self.argument} "
         for name, folder, config, kind in self.models:
+            heads = config.n_kv_head if kind == "plain" else heads_before(folder, config)
             yield Case(before + name if self.settings else self.argument, self.argument, kind,
-                       folder, config, heads=heads_before(folder, config))
+                       folder, config, heads=heads)
         if self.plain is None or policies is None:
             return
         _, folder, config, _ = self.plain

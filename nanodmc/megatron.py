@@ -16,9 +16,9 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 import dmc
 from nanodmc.checkpoint import check_weights, save
-from nanodmc.config import checked_config
+from nanodmc.config import checked_config, shown
 from nanodmc.control_pair import turned
-from nanodmc.files import InputError, read_text, reason
+from nanodmc.files import InputError, is_number, read_text, reason
 from nanodmc.locks import Lock
 from nanodmc.terminal import CountLine, to_show
 from nanodmc.tokenizer import Tokenizer
@@ -82,8 +82,8 @@ def read_model(source, vocab_size):
     names = parts[0][1].keys()
     if any(tensors.keys() != names for _, tensors in parts):
         raise InputError(f"{source} has parts with different tensors; fetch it anew.")
-    whole = {name: join(name, [tensors[name] for _, tensors in parts]) for name in names}
     try:
+        whole = {name: join(name, [tensors[name] for _, tensors in parts]) for name in names}
         weights = renamed(whole, config)
     except (KeyError, RuntimeError) as error:
         raise InputError(f"{source} has other tensors than its settings say "
@@ -154,8 +154,9 @@ def read_part(file):
     version = state.get("checkpoint_version")
     if not isinstance(version, int | float) or version < 2:
         raise InputError(f"{file} is of an older layout, or of none that is known; {GIVE}.")
-    tensors = {name: w for name, w in model.items() if not name.endswith("_extra_state")}
-    if others := [name for name, w in tensors.items() if not isinstance(w, torch.Tensor)]:
+    tensors = {name: w for name, w in model.items() if not str(name).endswith("_extra_state")}
+    if others := [name for name, w in tensors.items()
+                  if not (isinstance(name, str) and isinstance(w, torch.Tensor))]:
         raise InputError(f"{file} has no tensor at {plainly(others)}; {GIVE}.")
     return settings, tensors
 
@@ -166,20 +167,23 @@ def config_of(settings, vocab_size, source):
     """The Config that their settings describe. Raises InputError where that is not our Llama."""
     has = vars(settings)
     for name, wanted in WANTED.items():
-        if (found := has.get(name, wanted)) != wanted:
-            raise InputError(f"{source} has {name} {found!r}, and {wanted!r} is all that works "
-                             f"here; {GIVE}.")
+        found = has.get(name, wanted)
+        if not isinstance(found, str | int | float | None) or found != wanted:
+            raise InputError(f"{source} has {name} {shown(found)}, and {wanted!r} is all that "
+                             f"works here; {GIVE}.")
+    real = lambda name, usual: float(x) if is_number(x := has.get(name, usual)) else x
     heads = has.get("num_attention_heads")
-    groups = has.get("num_query_groups") if has.get("group_query_attention") else heads
+    groups = has.get("num_query_groups") if has.get("group_query_attention") is True else heads
+    window = has.get("dmc_window_size", 12)
     try:
         config = checked_config(
             vocab_size=vocab_size, n_layer=has.get("num_layers"), n_head=heads, n_kv_head=groups,
             dim=has.get("hidden_size"), ffn_dim=has.get("ffn_hidden_size"),
             head_dim=has.get("kv_channels"), max_seq_len=has.get("max_position_embeddings"),
-            norm_eps=has.get("norm_epsilon", 1e-5), rope_theta=float(has.get("rotary_base", 10000)),
+            norm_eps=has.get("norm_epsilon", 1e-5), rope_theta=real("rotary_base", 10000),
             dmc=True, variant="nvidia",
-            window=has.get("dmc_window_size", 12) or None, tau=has.get("dmc_temp", 0.1),
-            c=float(has.get("dmc_init_val", 5.0)))
+            window=None if is_number(window, 0, 0) else window, tau=has.get("dmc_temp", 0.1),
+            c=real("dmc_init_val", 5.0))
         return replace(config, control_pair=config.head_dim // 2 - 1)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None

@@ -205,6 +205,9 @@ class Settings:
         spelled = lambda ratios: " ".join(f"{cr:g}" for cr in ratios)
         if self.cr < 1:
             raise InputError(f"--cr is {self.cr:g}; a compression ratio is at least 1.")
+        if self.cr > self.context:
+            raise InputError(f"--cr is {self.cr:g}, which no sequence of --context {self.context} "
+                             "tokens can reach; lower it.")
         if self.variant in ("fmp", "gqa") and (self.cr < 2 or self.cr % 1):
             raise InputError(f"--variant {self.variant} averages a whole number, and --cr is "
                              f"{self.cr:g}; give 2 or more.")

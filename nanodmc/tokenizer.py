@@ -270,8 +270,10 @@ class Tokenizer:
                 if kinds.count("Sequence") != 1 or kinds[-1] != "Sequence":
                     raise self._refusal(
                         "puts tokens behind every text, which would end it before it began")
-                self.prefix += [i for part in step["single"][:-1]
+                self.prefix += [as_id(i) for part in step["single"][:-1]
                                 for i in step["special_tokens"][part["SpecialToken"]["id"]]["ids"]]
+                if not self.pieces.keys() >= set(self.prefix):
+                    raise self._refusal("puts a token before every text that it does not have")
             elif step["type"] != "ByteLevel":        # that one moves offsets only
                 raise self._refusal(
                     f"has the post-processor {named(step['type'])}, which is not supported here")

@@ -105,7 +105,7 @@ def read_weights(file):
         raise InputError(f"{file} holds a {type(tensors).__name__}, not tensors by their names; "
                          "save the model's state_dict.")
     if others := [f"{name} ({type(w).__name__})" for name, w in tensors.items()
-                  if not isinstance(w, torch.Tensor)]:
+                  if not (isinstance(name, str) and isinstance(w, torch.Tensor))]:
         raise InputError(f"{file} holds more than weights, not all of it is tensors: "
                          f"{plainly(others)}; save the model's state_dict.")
     if others := [f"{name} ({kind})" for name, w in tensors.items() if (kind := other_kind(w))]:

@@ -154,7 +154,9 @@ def test_what_cannot_talk_says_so(instruct, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert "jinja2" in chat(instruct)
     monkeypatch.undo()
-    for template in ("{{ raise_exception('roles') }}", "{% if %}", "{{ messages + 1 }}"):
+    for template in ("{{ raise_exception('roles') }}", "{% if %}", "{{ messages + 1 }}",
+                     "{{ 1 / 0 }}", "{{ range(10 ** 9) }}", "{{ 'a'.encode('nope') }}",
+                     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"):
         with pytest.raises(InputError, match="chat template of here fails"):
             renderer(tokenizer_with(template), "here")
 

@@ -468,6 +468,8 @@ BAD_CHECKPOINTS = {
     "another format": (with_file("model.safetensors", b"GGUF\3\0\0\0" + bytes(90)), "GGUF"),
     "pickled code": (pickle_of({"a": Transformer}), "more than weights: dmc.Transformer;"),
     "pickled numbers": (pickle_of({"a": 1}), "not all of it is tensors: a .int"),
+    "pickled tensors without names": (pickle_of({0: torch.zeros(1)}),
+                                      "not all of it is tensors: 0 .Tensor"),
     "pickled weights among others": (pickle_of({"model": {"a": torch.ones(1)}, "step": 3}),
                                      "not all of it is tensors: model .dict., step .int.;"),
     "a pickled tensor": (pickle_of(torch.ones(3)), "holds a Tensor, not tensors by their names"),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import dmc
 import generate
-from conftest import TEXTS, refusal
+from conftest import HERE, TEXTS, edit_json, refusal
 from dmc import Cache
 from nanodmc import baselines, compare, plots, policies
 from nanodmc.checkpoint import load
@@ -270,6 +270,21 @@ def test_the_divergence_is_that_from_the_model_given(finished):
         assert rows[name]["kl_from_given"] > 0
     assert rows["pretrained"]["kl_from_given"] == 0
     assert rows["h2o 2x"]["kl_from_given"] > 0
+
+
+def test_a_run_on_top_of_gqa_starts_from_what_is_plain_to_it(finished, tmp_path):
+    """The model given and the control have the same heads, and so the same CR."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    edit_json(run / "pretrained/config.json", lambda config: config.update(kv_heads_before_gqa=2))
+    done = compare.Comparison([str(run)], [], [], None, 90, None)
+    done.run(dmc, "cpu")
+    rows = {row["name"]: row for row in done.rows}
+    assert rows["pretrained"]["method"] == "plain" and rows["DMC 2x"]["kl_from_given"] is not None
+    assert rows["pretrained"]["cr"] == rows["control"]["cr"] == 1
+    alone = compare.Comparison([str(run / "pretrained")], [], [], [str(HERE / "README.md")], 90,
+                               None)
+    alone.run(dmc, "cpu")
+    assert [row["cr"] for row in alone.rows] == [2]
 
 
 def test_nobody_else_writes_a_comparison_meanwhile(finished, tmp_path, capsys):

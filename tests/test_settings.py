@@ -100,7 +100,8 @@ def test_noise_falls_in_solidify_alone():
 def test_settings_that_contradict_each_other_are_refused_by_the_flag_to_change():
     for flag, changes in {"--lr": {"lr": math.nan}, "--clip": {"clip": math.inf},
                           "--eps": {"eps": -1.0}, "--heads": {"heads": 0},
-                          "--beta2": {"beta2": 1.0}, "--cr": {"cr": 0.5}, "--keep": {"keep": [5.0]},
+                          "--beta2": {"beta2": 1.0}, "--cr": {"cr": 0.5},
+                          "--cr is 1e.09": {"cr": 1e9}, "--keep": {"keep": [5.0]},
                           "--solidify": {"keep": [2.0], "solidify": [3.0]},
                           "--micro-batch": {"micro_batch": 3}}.items():
         with pytest.raises(InputError, match=flag):

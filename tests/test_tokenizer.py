@@ -226,7 +226,17 @@ def in_turn(*steps):
 
 UNKNOWN_SPLIT = {"type": "Split", "pattern": {"Regex": "x+"}, "behavior": "Isolated",
                  "invert": False}
+def template_of(ids):
+    """A change that puts these ids before every text."""
+    return changed(post_processor={
+        "type": "TemplateProcessing", "pair": [],
+        "single": [{"SpecialToken": {"id": "a", "type_id": 0}}, {"Sequence": {"id": "A"}}],
+        "special_tokens": {"a": {"id": "a", "ids": ids, "tokens": ["a"]}}})
+
+
 BAD_TOKENIZERS = {
+    "a first token that is none": (template_of([99999]), "does not have"),
+    "a first token without an id": (template_of(["1"]), "'1' is no id"),
     "unknown pre-tokenizer": (changed(pre_tokenizer={"type": "BertPreTokenizer"}),
                               "unknown pre-tokenizer, BertPreTokenizer"),
     "unknown pattern": (
