@@ -92,14 +92,17 @@ def decide(q, k, config, noise=False, position=0):
     trains = noise and position == 0 and torch.is_grad_enabled() and q.requires_grad
     if not (trains and in_kernels(k)):
         return dmc.decide(q, k, config, noise, position)
-    found = {}
+    found, G = {}, k.size(1)
     alpha, keep, omega = Decisions.apply(q, k, config, noise, found)
 
     def add(grad, name):
-        """To channel 0 of the heads of a group; autograd waits for `backward` before it asks."""
+        """To channel 0 of the heads of a group; autograd waits for `backward` before it asks.
+
+        It must not know k, which would know it by its hook: autograd never frees such a circle.
+        """
         if name in found:
             shared = found.pop(name)[:, :, None]                             # (B, G, 1, T)
-            grad[..., 0].unflatten(1, (k.size(1), -1)).add_(shared.to(grad.dtype))
+            grad[..., 0].unflatten(1, (G, -1)).add_(shared.to(grad.dtype))
         return grad
     q.register_hook(lambda grad: add(grad, "q"))
     k.register_hook(lambda grad: add(grad, "k"))

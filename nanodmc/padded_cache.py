@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import dmc
 from dmc import wide
 from nanodmc.flash_attention import attend
+from nanodmc.large_scores import attend_in_blocks
 
 
 class CacheBytes(NamedTuple):
@@ -141,7 +142,8 @@ class FastCache:
         self.open.fill(layer, k, v, k_mean, v_mean, merge, omega)
         k, v = self.rotated(k_mean.to(k.dtype), 0, T), v_mean.to(v.dtype)
         keep = torch.zeros_like(omega).masked_fill(merge, -torch.inf)
-        y = attend(self.rotated(q, 0, T), k, v, keep)
+        # `attend` carries the mask in the control channel, which a plain model's scores use
+        y = (attend_in_blocks if self.gain else attend)(self.rotated(q, 0, T), k, v, keep)
         self.store(layer, k, v, F.pad(~merge[..., 1:], (0, 1), value=True))
         return y
 

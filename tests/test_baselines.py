@@ -3,13 +3,24 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dmc
+import dmc_fast
 from nanodmc.baselines import pooling_cache
-from test_dmc import assert_close, both, config_of, literal_algorithm1, qkv, seeds
+from test_dmc import (
+    assert_as_good,
+    assert_close,
+    both,
+    config_of,
+    kernels,
+    literal_algorithm1,
+    qkv,
+    seeds,
+)
 
 
 @both
@@ -29,6 +40,20 @@ def test_pooling_averages_every_n_tokens(ops, seed, every, split):
             config.rope_theta, silent=False)
         assert_close(y[b, h:h + 1], torch.from_numpy(expected))
         assert cache.lengths[0, b, h] == slots == math.ceil(T / every)
+
+
+@kernels
+@pytest.mark.parametrize("heads,every", [((4, 2), 3), ((2, 2), 13)])
+def test_pooling_a_prompt_kernel(heads, every):
+    """A plain model's channel 0 counts, where a DMC model's would carry the mask."""
+    q, k, v, _, _ = qkv(0, heads, 20)
+    inputs, config = [x.float() for x in (q, k, v)], config_of(heads, dmc=False)
+    outputs = []
+    for ops, dtype in ((dmc_fast, torch.float32), (dmc, torch.float32), (dmc, torch.float64)):
+        cache = pooling_cache(ops.Cache, every)(config, 2, dtype=dtype)
+        outputs.append([cache.attend(0, *(x[:, :, a:b].to(dtype) for x in inputs))
+                        for a, b in ((0, 19), (19, 20))])
+    assert_as_good(*outputs)
 
 
 def test_a_pooling_cache_is_a_cache_in_all_else():

@@ -1,5 +1,8 @@
 """Properties of nanodmc/decisions.py: the numbers and the gradients of dmc.decide."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -50,6 +53,22 @@ def check_decisions(dtype, heads, T, noise, device="cpu"):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_decisions_and_gradients_kernel(dtype, heads, T, noise):
     check_decisions(dtype, heads, T, noise)
+
+
+@kernels
+def test_nothing_is_kept_after_a_backward_pass_kernel():
+    """Keys and queries go when nobody needs them, without the help of the garbage collector."""
+    x, config = torch.randn(1, 9, 4, 8, requires_grad=True), config_of()
+    gc.disable()
+    try:
+        q, k = (x * 1.0).transpose(1, 2), (x * 2.0).transpose(1, 2)
+        alpha, _, omega = decisions.decide(q, k, config, 1.0)
+        (alpha.sum() + omega.sum() + q.square().sum() + k.square().sum()).backward()
+        left = [weakref.ref(q), weakref.ref(k)]
+        del q, k, alpha, omega
+        assert [ref() for ref in left] == [None, None]
+    finally:
+        gc.enable()
 
 
 @kernels
