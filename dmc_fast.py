@@ -603,7 +603,8 @@ class PagedCache(FastCache):
         if not (fresh.is_cuda or fresh.any()):                   # a GPU is not waited for
             return
         taken = self.left - fresh.flatten().cumsum(0).view_as(fresh)
-        pages = torch.where(taken >= 0, self.free[taken.clamp(min=0)], 0)
+        last = len(self.free) - 1                                # beyond it, nothing is taken
+        pages = torch.where(taken >= 0, self.free[taken.clamp(0, last)], 0)
         pages = torch.where(fresh, pages, self.table[layer].gather(-1, at))
         self.table[layer].scatter_(-1, at, pages)
         self.left -= fresh.sum().int()

@@ -59,10 +59,13 @@ class Bench:
     def skipped(self, case, whole, count=None):
         """How many tokens come with the prompt where the first half is not generated.
 
-        Not all of it: sequences are admitted step by step, the more steps the more they merge.
+        Not all of it: sequences are admitted step by step, the more steps the more they merge. All
+        ranks skip as many as the one that does least, though their heads merge as they like.
         """
-        steps = 8 * (1 + math.ceil(1 / case.kept.mean().item()))
-        return 0 if whole else max(0, (count or self.count) // 2 - steps)
+        if whole:
+            return 0
+        steps = torch.tensor(8 * (1 + math.ceil(1 / case.kept.mean().item())), device=self.device)
+        return max(0, (count or self.count) // 2 - int(over_ranks(steps, "MAX")))
 
     def largest_batch(self, case, whole=True):
         """How many sequences of prompt + count tokens fit, with 1% of the pool to spare.

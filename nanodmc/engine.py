@@ -77,7 +77,7 @@ class Engine:
         device, pages = weight.device, full_pages(config, rows) if pages is None else pages
         cache_class = cache_class or paged_cache(config)
         self.cache = cache_class(config, rows, device, weight.dtype, pages=pages, strips=True)
-        self.cache.release(slice(None))
+        self.cache.ages.fill_(-1)                          # no row has a sequence
         self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)   # for the next step
         self.settings = [torch.zeros(rows, dtype=x, device=device) for x in SETTINGS.values()]
         self.report = torch.zeros(5, rows, dtype=torch.long, device=device)   # token, then Held

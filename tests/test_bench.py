@@ -144,7 +144,7 @@ def test_the_time_left_is_shown_where_there_is_some(h100, monkeypatch, capsys):
     assert len(left) > 4 and left[-1] <= 3
 
 
-def test_a_first_half_that_comes_with_the_prompt_leaves_the_same_state(one_thread):
+def test_a_first_half_that_comes_with_the_prompt_leaves_the_same_state(one_thread, monkeypatch):
     model = checkpoint.random_model(shape("toy", dmc=False), dmc_fast, "cpu", torch.float32)
     made = bench.Bench(model, 40, 200, 0.005, lambda i, n: [0] * n)
     case = list(cases.bench_cases(model, [8.0], [0]))[-1]
@@ -153,6 +153,8 @@ def test_a_first_half_that_comes_with_the_prompt_leaves_the_same_state(one_threa
     whole, short = (made.run(case, batch, whole=whole) for whole in (True, False))
     assert short["cr"] == pytest.approx(whole["cr"], rel=0.03)
     assert short["kv_bytes_logical"] == pytest.approx(whole["kv_bytes_logical"], rel=0.03)
+    monkeypatch.setattr(bench, "over_ranks", lambda x, op: x + 8 * (op == "MAX"))
+    assert made.skipped(case, whole=False) == 20         # all ranks as many as the slowest
 
 
 @pytest.mark.parametrize("name", ["toy", "llama2-7b"])

@@ -64,6 +64,14 @@ def assert_nothing_is_lost(engine):
     assert not engine.cache.failed.item()
 
 
+def test_an_engine_begins_with_nothing_to_release(monkeypatch):
+    """A table of all pages that rows may ever need is not sorted for that."""
+    monkeypatch.setattr(dmc_fast.PagedCache, "release", None)
+    engine = Engine(model_of(0, (4, 2)), 3)
+    assert_nothing_is_lost(engine)
+    assert (engine.cache.ages == -1).all() and not engine.cache.lengths.any()
+
+
 def assert_as_alone(model, result, **kwargs):
     ids, cr = alone(model, result.request, **kwargs)
     assert (result.ids, result.cr) == (ids, pytest.approx(cr))

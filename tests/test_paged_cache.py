@@ -225,6 +225,17 @@ def test_healthy_sequences_beside_poisoned_ones_kernel(data):
                 assert (y[i:i + 1] - expected).abs().max() < 1e-5
 
 
+def test_a_released_row_beside_a_first_token_kernel():
+    """Where all pages are free, and the row before takes none."""
+    tokens = [x.float() for x in qkv(0, (2, 1), 1)]
+    cache = dmc_fast.PagedCache(config_of((2, 1), n_layer=1), 2, pages=8)
+    cache.release([0])
+    y = cache.attend(0, *tokens)
+    expected = dmc.Cache(cache.config, 1).attend(0, *(x[1:] for x in tokens))
+    assert (y[1:] - expected).abs().max() < 1e-5 and not y[0].any()
+    assert cache.left.item() == 7 and cache.lengths.flatten().tolist() == [0, 1]
+
+
 @settings(max_examples=3 if INTERPRETED else 40)
 @given(st.data())
 def test_sequences_in_a_poisoned_ones_place_kernel(data):
