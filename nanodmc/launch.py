@@ -23,8 +23,21 @@ def uses_kernels(device):
 
 
 def in_kernels(x):
-    """Whether kernels run for what is like the tensor x; there are none in fp64."""
-    return uses_kernels(x.device) and x.dtype != torch.float64
+    """Whether kernels run for what is like the tensor x; there are none in fp64.
+
+    Raises ValueError as `check_current`.
+    """
+    runs = uses_kernels(x.device) and x.dtype != torch.float64
+    if runs:
+        check_current(x.device)
+    return runs
+
+
+def check_current(device):
+    """Raises ValueError for a GPU that is not the current one, on which Triton runs its kernels."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        raise ValueError(f"kernels run on the current GPU, and the tensors are on {device}; call "
+                         f"torch.cuda.set_device({device.index}) first")
 
 
 def capturing(device):

@@ -11,6 +11,7 @@ import dmc
 from dmc import wide
 from nanodmc.flash_attention import attend
 from nanodmc.large_scores import attend_in_blocks
+from nanodmc.launch import check_current, uses_kernels
 
 
 class CacheBytes(NamedTuple):
@@ -105,9 +106,12 @@ class FastCache:
     def expect(self, layer, tokens, decides, device):
         """So many tokens are coming. Raises ValueError where they cannot.
 
-        That is where positions run out, or decisions come in some calls and not in others.
+        That is where positions run out, decisions come in some calls and not in others, or kernels
+        would run on another GPU.
         """
         end, positions = self.seen[layer] + tokens, self.config.max_seq_len
+        if uses_kernels(device):
+            check_current(device)
         if self.decides not in (None, decides):
             raise ValueError("a cache takes decisions in every call or in none")
         if end > positions:

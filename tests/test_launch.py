@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from nanodmc import compiled
-from nanodmc.launch import power_of_2
+from nanodmc.launch import in_kernels, power_of_2
 from test_dmc import HERE, needs_triton, on_cpu
 
 
@@ -30,6 +32,16 @@ def test_compiles_for_an_h100(name, changes):
     """No register is spilled, and shared memory suffices."""
     code = compiled.compile_kernel(name, changes)
     assert code.spills == 0 and code.shared <= 227 * 1024
+
+
+@needs_triton
+def test_tensors_on_another_gpu_than_the_current_one_are_refused(monkeypatch):
+    """Triton would run a kernel there with pointers to where it cannot read."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    on = lambda number: SimpleNamespace(device=torch.device("cuda", number), dtype=torch.float16)
+    assert in_kernels(on(0))
+    with pytest.raises(ValueError, match=r"on cuda:1; call torch.cuda.set_device\(1\) first"):
+        in_kernels(on(1))
 
 
 LISTING = """
