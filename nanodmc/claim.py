@@ -50,9 +50,10 @@ class Claim:
             missing = [path for path in (folder, *folder.parents) if not path.exists()]
             try:
                 folder.mkdir(parents=True, exist_ok=out is not None)
-            except FileExistsError:                     # somebody was faster
-                number += 1
             except OSError as error:
+                if isinstance(error, FileExistsError) and not out:    # somebody was faster
+                    number += 1
+                    continue
                 raise InputError(f"{folder} cannot be made ({reason(error)}); choose another "
                                  "--out.") from None
             else:

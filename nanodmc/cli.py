@@ -19,7 +19,7 @@ import torch
 
 import dmc
 import dmc_fast
-from nanodmc.files import InputError, read_lines
+from nanodmc.files import InputError, read_lines, reason
 from nanodmc.launch import triton
 from nanodmc.terminal import OutputLost, screens, to_show
 
@@ -109,10 +109,11 @@ def setup_terminal(name):
 def run_command(name, carry_out):
     """Run a command, carry_out(), and return its exit code. All of a command's main but its work.
 
-    0: done. 2: InputError, told on stderr as "NAME: sentence". 130: KeyboardInterrupt; what there
-    is to say about it, carry_out has said. 141: stdout is a pipe that nobody reads any more, as by
-    | head, and carry_out was left with OutputLost at its next print. Any other loss of stdout is
-    told like an InputError. Other exceptions are faults of the program and pass.
+    0: done. 2: InputError, or a path that the system refuses, told on stderr as "NAME: sentence".
+    130: KeyboardInterrupt; what there is to say about it, carry_out has said. 141: stdout is a pipe
+    that nobody reads any more, as by | head, and carry_out was left with OutputLost at its next
+    print. Any other loss of stdout is told like an InputError. Other exceptions are faults of the
+    program and pass.
 
     If carry_out catches OutputLost to save its work, what it prints then goes nowhere, and the exit
     code is that of the loss.
@@ -136,7 +137,12 @@ def outcome(name, carry_out):
         carry_out()
     except OutputLost:
         pass
-    except InputError as error:
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError):
+            if error.filename is None:
+                raise
+            error = (f"{error.filename} cannot be used ({reason(error)}); check the path and its "
+                     "permissions.")
         print(to_show(f"{name}: {error}", sys.stderr), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def flag(name):
 
 def full_path(name):
     """The absolute path of a file or pattern, so that --resume finds it from any folder."""
-    return str(Path(name).resolve())
+    return os.path.realpath(name)                    # which takes a loop of links as it is
 
 
 def full_path_of_folder(name):

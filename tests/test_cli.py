@@ -1,5 +1,6 @@
 """Properties of cli.py and terminal.py: parser, messages, commands to type, a figure's origin."""
 
+import errno
 import io
 import os
 import re
@@ -16,6 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import generate
+import train
 from conftest import HERE
 from nanodmc import cli, terminal
 from nanodmc.files import InputError
@@ -74,6 +77,32 @@ def test_flags_that_were_given_are_told_from_defaults():
 
 
 # ------------------------------------------------------------------------------------- the terminal
+
+@pytest.mark.parametrize("flags", ["--ckpt {}", "--compare {}", "--ckpt {}/model"])
+@pytest.mark.parametrize("path", ["loop", "x" * 300])
+def test_a_path_that_the_system_refuses_is_told(path, flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    assert generate.main(flags.format(path).split()) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("flag", ["--data", "--out", "--init"])
+@pytest.mark.parametrize("path", ["loop", "nowhere", "x" * 300])
+def test_training_tells_it_too(path, flag, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    Path("nowhere").symlink_to("missing")
+    assert train.main([flag, path]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_a_folder_that_may_not_be_entered_is_told(capsys):
+    def refused():
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "theirs/model")
+    assert cli.run_command("name", refused) == 2
+    assert "name: theirs/model cannot be used (Permission denied)" in capsys.readouterr().err
+
 
 def test_what_is_silenced_is_not_shown(capsys):
     with cli.silence():
