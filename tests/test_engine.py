@@ -414,6 +414,7 @@ def on_fake_gpu(monkeypatch, no_kernels_run, fake_gpu):  # noqa: F811
     """Makes an OnFakeGpu: three rows, 40 pages, a model with heads of D channels."""
     event = types.SimpleNamespace(record=lambda: None, synchronize=lambda: None)
     processor = types.SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: processor)
     monkeypatch.setattr(flash_attention, "stock", lambda *_: "flash")
