@@ -10,7 +10,7 @@ from nanodmc.config import read_config
 from nanodmc.files import InputError, listed, read_json
 from nanodmc.heldout import given_documents, run_documents
 from nanodmc.policies import POLICIES, budget, policy_cache, policy_named
-from nanodmc.settings import read_run
+from nanodmc.resumed import read_run
 from nanodmc.tokenizer import Tokenizer
 from nanodmc.variants import VARIANTS, of_model
 

@@ -6,7 +6,7 @@ from nanodmc.cli import installing
 from nanodmc.files import InputError, write_atomically, write_json
 from nanodmc.phases import plan
 from nanodmc.records import damaged, read_curve, read_summary
-from nanodmc.settings import read_run
+from nanodmc.resumed import read_run
 from nanodmc.tables import averaged
 
 

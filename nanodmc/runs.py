@@ -32,7 +32,8 @@ from nanodmc.parallel import (
 )
 from nanodmc.phases import plan, starting_config
 from nanodmc.records import CHOICE, read_choice, read_figures, read_state, write_sealed
-from nanodmc.settings import new_settings, read_run, resumed_settings
+from nanodmc.resumed import read_run, resumed_settings
+from nanodmc.settings import new_settings
 from nanodmc.state import check_weights, load_tensors, save_tensors, whole_phases, writing
 from nanodmc.stopping import Stopped
 from nanodmc.tables import heat_map, show, table

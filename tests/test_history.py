@@ -8,7 +8,8 @@ import pytest
 
 from nanodmc.files import InputError
 from nanodmc.history import POINTS, WIDTH, history, phase_of
-from nanodmc.settings import Settings, read_run
+from nanodmc.resumed import read_run
+from nanodmc.settings import Settings
 
 settings_of = lambda run: read_run(run)["settings"]
 
