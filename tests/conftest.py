@@ -272,8 +272,8 @@ def measured():
 
 AWKWARD = st.sampled_from([
     "▁", " ", "  ", " " * 17, "\n", "\r\n", "\t", "\x00", "\x04", "\x1d", "\x7f", "\x85", "\xa0",
-    "\xad", "\u3000", "\ufeff", "\ufffd", "'s", "'S", "'\u017f", "12345", "½", "Ⅷ", "é", "e\u0301",
-    "🙂", "👨\u200d👩", "中文", "\U000c0000", "\U0010ffff", "<s>", " </s>", "<|start|>", "<s",
-    "the", "def ", "==", "=====", "aaaaaaaa"])
+    "\xad", "\u3000", "\ufeff", "\ufffd", "'s", "'S", "'\u017f", "12345", "½", "Ⅷ", "é",
+    "e\u0301", "🙂", "👨\u200d👩", "中文", "\U000c0000", "\U0010ffff", "<s>", " </s>",
+    "<|start|>", "<s", "the", "def ", "==", "=====", "aaaaaaaa"])
 TEXTS = st.one_of(st.text(), st.lists(st.one_of(AWKWARD, st.text(max_size=3)), max_size=12)
                   .map("".join))         # texts that tokenizers split in surprising ways

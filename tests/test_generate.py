@@ -1,7 +1,6 @@
 """Properties of the command generate.py."""
 
 import contextlib
-import io
 import os
 import re
 import signal
@@ -15,6 +14,7 @@ from hypothesis import given, settings
 import generate
 from conftest import HERE, refusal
 from nanodmc.config import SHAPES
+from test_cli import Terminal
 from test_dmc import both, model_of, seeds
 
 
@@ -165,11 +165,6 @@ def test_every_flag_has_an_effect_in_some_mode():
     names = {name for takes in generate.TAKES.values() for name in takes.split()}
     known = {action.dest for action in generate.flags_of_all_modes()._actions}
     assert names | {"ckpt", "device", "help"} == known
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
 
 
 @pytest.mark.parametrize("variable, value", [(None, None), ("NO_COLOR", "1"), ("TERM", "dumb")])

@@ -190,6 +190,14 @@ def test_no_number_for_a_loss_stops_the_run_and_keeps_the_state(tmp_path, finish
     assert curve(out) == curve(finished)
 
 
+def test_resume_may_lower_the_learning_rate_of_what_follows(tmp_path, text):
+    out = tmp_path / "run"
+    assert interrupted(out, text, break_model) == 2
+    assert train.main(["--out", str(out), "--resume", "--lr", "1e-4"]) == 0
+    assert json.loads((out / "run.json").read_text())["settings"]["lr"] == 1e-4
+    assert {e["lr"] for e in curve(out) if e["phase"] == "retrofit"} == {5e-5, 1e-4}
+
+
 @pytest.mark.parametrize("at,phase,flag", [(5, "pretrain", "--pretrain-lr"),
                                            (13, "retrofit", "--lr")])
 def test_resume_may_lower_the_learning_rate_as_advised(tmp_path, text, capsys, at, phase, flag):

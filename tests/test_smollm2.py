@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ from nanodmc.parallel import control_rows
 from nanodmc.settings import Settings
 from nanodmc.tokenizer import Tokenizer
 from test_tokenizer import assert_same_tokens
+
+in_fp32 = partial(checkpoint.load, ops=dmc_fast, dtype=torch.float32)   # fast on every processor
 
 
 def greedily(logits, position):
@@ -148,7 +151,7 @@ def test_smollm2_hardly_misses_the_channels_that_are_chosen(smollm2, english, me
     tokenizer = Tokenizer.from_folder(smollm2)
     documents = [tokenizer.encode(part)[:512] for part in english.split("\f") if len(part) > 3000]
     texts, chosen_by = (torch.tensor(documents[a:b]) for a, b in ((0, 8), (8, 24)))
-    plain = checkpoint.load(smollm2, dmc_fast, dtype=torch.float32, dmc=False)
+    plain = in_fp32(smollm2, dmc=False)
 
     def scores(model, gain):
         hidden = (model.hidden(x, gain=gain)[0] for x in texts.split(4))
@@ -156,8 +159,7 @@ def test_smollm2_hardly_misses_the_channels_that_are_chosen(smollm2, english, me
 
     def divergence(choice):
         pair = choice.pair if choice else 0
-        model = checkpoint.load(smollm2, dmc_fast, dtype=torch.float32, dmc=True,
-                                control_pair=pair)
+        model = in_fp32(smollm2, dmc=True, control_pair=pair)
         if choice:
             control_pair.apply(choice, model)
         return (expected.exp() * (expected - scores(model, 0.0))).sum(-1).mean().item()
@@ -173,10 +175,9 @@ def freed(smollm2, english):
     """SmolLM2 freed of the chosen channel, and pieces of 512 tokens (1, T)."""
     ids = Tokenizer.from_folder(smollm2).encode(english[:600_000])
     pieces = list(torch.tensor(ids[:len(ids) // 512 * 512]).view(-1, 1, 512))
-    plain = checkpoint.load(smollm2, dmc_fast, dtype=torch.float32, dmc=False)
+    plain = in_fp32(smollm2, dmc=False)
     choice = control_pair.choose(plain, pieces[-16:])
-    model = checkpoint.load(smollm2, dmc_fast, dtype=torch.float32, dmc=True, c=3.0,
-                            control_pair=choice.pair)
+    model = in_fp32(smollm2, dmc=True, c=3.0, control_pair=choice.pair)
     control_pair.apply(choice, model)
     with torch.no_grad():
         for row in control_rows(model):
@@ -189,7 +190,7 @@ def test_smollm2_fitted_decisions_cost_less_than_others(freed, smollm2, monkeypa
     model, pieces = freed
     few = "DMC_RESULTS" not in os.environ
     texts, pieces = torch.cat(pieces[:4 if few else 8]).split(4), pieces[8:]
-    plain = checkpoint.load(smollm2, dmc_fast, dtype=torch.float32, dmc=False)
+    plain = in_fp32(smollm2, dmc=False)
     with torch.no_grad():
         expected = [plain(x)[0].log_softmax(-1) for x in texts]
 

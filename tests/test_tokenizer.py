@@ -29,10 +29,12 @@ def test_byte_tokenizer_round_trip(text):
 
 SAMPLE = "".join(Path(f).read_text(encoding="utf-8", errors="ignore")[:4000]
                  for f in standard_library()[:60]) + """
-Größe, naïve café, Привет мир, Ελληνικά, 中文分词测试, 日本語のテキスト, \
+Größe, naïve café, Привет мир, Ελληνικά, \
+中文分词测试, 日本語のテキスト, \
 한국어, العربية, עברית, हिन्दी, ไทย,
 emoji 🙂👍🏽👨‍👩‍👧, 1234567890, ½ ² Ⅷ,
-\tTabs, "quotes" and 'apostrophes': it's, we'll, I'd, THEY'RE, don’t … — – ▁ underscores ▁▁ ∑ ∫ √
+\tTabs, "quotes" and 'apostrophes': it's, we'll, I'd, THEY'RE, don’t … — – \
+▁ underscores ▁▁ ∑ ∫ √
 """
 SPECIAL = ["<s>", "</s>", "<|start|>"]
 
@@ -226,6 +228,8 @@ def in_turn(*steps):
 
 UNKNOWN_SPLIT = {"type": "Split", "pattern": {"Regex": "x+"}, "behavior": "Isolated",
                  "invert": False}
+
+
 def template_of(ids):
     """A change that puts these ids before every text."""
     return changed(post_processor={
@@ -462,8 +466,8 @@ def test_oddities_have_another_name_in_the_cache(tmp_path, plain):
     assert len(keys) == 2
 
 
-BLANKS = ["ab  " + " " * 10 ** 6 + "x", "y}" + "\n" * 700_000 + "12", "}" + " \t\n" * 250_000 + "é",
-          " " * 700_000, "a" + "\xa0\u3000" * 300_000 + "<s>"]
+BLANKS = ["ab  " + " " * 10 ** 6 + "x", "y}" + "\n" * 700_000 + "12",
+          "}" + " \t\n" * 250_000 + "é", " " * 700_000, "a" + "\xa0\u3000" * 300_000 + "<s>"]
 
 
 @pytest.mark.parametrize("name", ["GPT-2", "SmolLM2", "Llama 3", "Llama 2"])
