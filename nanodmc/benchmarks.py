@@ -13,6 +13,7 @@ import torch
 
 from nanodmc import humaneval
 from nanodmc.cli import number, provenance, silence, wrapped
+from nanodmc.config import dtype_name
 from nanodmc.files import InputError, one_line, write_json
 from nanodmc.harness import adapter, lm_eval
 from nanodmc.policies import budget, policy_cache, policy_named
@@ -76,7 +77,7 @@ def measure(args, find):
     facts = {"model": str(name), "policy": args.policy, "limit": args.limit, "rows": rows,
              "cs_qa": csqa_mean(rows), "cr": ratio(lm.held.values()),
              "cr_measured": "each text's own cache" if cache_for else PARALLEL,
-             "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
+             "dtype": dtype_name(model.lm_head.weight)}
     if args.policy:
         facts["cr_asked"] = args.cr[0]
     print("\n" + table(facts))

@@ -13,7 +13,13 @@ import torch
 
 import dmc
 from nanodmc.cli import installing, interpreter, typed
-from nanodmc.config import SHAPES, checked_config, config_from_json, config_to_json
+from nanodmc.config import (
+    SHAPES,
+    checked_config,
+    config_from_json,
+    config_to_json,
+    dtype_name,
+)
 from nanodmc.files import (
     InputError,
     one_line,
@@ -57,7 +63,7 @@ def save(model, path, tokenizer=None, shard_bytes=5 * 10 ** 9, progress=None, **
             shards, size = [*shards, {}], p.nbytes
         key = name if name == "lm_head.weight" else "model." + name
         shards[-1][key] = p.detach().contiguous()
-    config["torch_dtype"] = str(p.dtype).removeprefix("torch.")
+    config["torch_dtype"] = dtype_name(p)
     remove_leftovers(path)
     for source in TRAVELS if model.config.dmc else ():
         content = source.read_bytes()

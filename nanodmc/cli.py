@@ -137,19 +137,24 @@ def outcome(name, carry_out):
         carry_out()
     except OutputLost:
         pass
-    except (InputError, OSError) as error:
-        if isinstance(error, OSError):
-            if error.filename is None:
-                raise
-            error = (f"{error.filename} cannot be used ({reason(error)}); check the path and its "
-                     "permissions.")
-        print(to_show(f"{name}: {error}", sys.stderr), file=sys.stderr)
-        return 2
+    except InputError as error:
+        return refused(name, error)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return refused(name, f"{error.filename} cannot be used ({reason(error)}); check the path "
+                             "and its permissions.")
     except KeyboardInterrupt:
         return 130
     except SystemExit as end:                            # after --help
         return end.code or 0
     return 0
+
+
+def refused(name, why):
+    """Tell why a command ends, on stderr, and return its exit code."""
+    print(to_show(f"{name}: {why}", sys.stderr), file=sys.stderr)
+    return 2
 
 
 def wrapped(text):

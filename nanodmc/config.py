@@ -87,6 +87,11 @@ def checked_config(**values):
     return config
 
 
+def dtype_name(weight):
+    """The name of a tensor's dtype, as config.json spells it."""
+    return str(weight.dtype).removeprefix("torch.")
+
+
 def shown(value):
     """A value from a file, for a message: short, and without characters that command terminals."""
     text = ascii(value)

@@ -106,6 +106,11 @@ def write_text(path, text):
                                                   errors="backslashreplace"))
 
 
+def in_unicode(text):
+    """A text in which half a surrogate pair, which UTF-8 lacks, is a replacement character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def read_bytes(path, limit=2 ** 28):
     """The content of a file. Raises InputError where there is none, or it is no file of that size.
 

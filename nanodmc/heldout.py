@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from nanodmc.documents import documents, text_files
-from nanodmc.files import InputError
+from nanodmc.files import InputError, in_unicode
 from nanodmc.text import load_data
 
 FEWEST, MANY = 4, 16       # documents, where a text is longer than what is used of it
@@ -21,8 +21,7 @@ def given_documents(patterns):
     """Yield the texts in the files that --data names. Raises InputError."""
     for path in text_files(patterns):
         for text, _ in documents(path, "text"):
-            # half of a surrogate pair, as the tokenizer reads it
-            yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            yield in_unicode(text)                               # as the tokenizer reads it
 
 
 def run_documents(folder, settings, given, key, tokenizer):

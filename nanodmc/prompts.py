@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from nanodmc.cli import number, typed
+from nanodmc.config import dtype_name
 from nanodmc.engine import Engine
 from nanodmc.files import InputError, one_line, read_text, reason, sync
 from nanodmc.parallel import rank_count, this_rank
@@ -264,8 +265,7 @@ def answer_prompts(args, model, tokenizer, gain, done, name):
     if some have errors.
     """
     weight = model.lm_head.weight
-    made_by = {"model": model_mark(name), "dtype": str(weight.dtype).removeprefix("torch."),
-               "cache": args.cache}
+    made_by = {"model": model_mark(name), "dtype": dtype_name(weight), "cache": args.cache}
     with args.prompts.open("rb") as lines:
         total = args.samples * sum(1 for line in bounded(lines) if line.strip())
         lines.seek(0)

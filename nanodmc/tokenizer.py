@@ -8,7 +8,7 @@ import tiktoken
 
 from nanodmc.added_tokens import BLANK, AddedTokens, as_id, ends_of_text
 from nanodmc.config import as_whole, named, shown
-from nanodmc.files import InputError, listed, read_bytes, read_json
+from nanodmc.files import InputError, in_unicode, listed, read_bytes, read_json
 from nanodmc.merge_order import BYTE, follows
 from nanodmc.splits import SPLITS, split_name, steps_of
 from nanodmc.terminal import harmless
@@ -326,8 +326,7 @@ class Tokenizer:
         import regex  # comes with tiktoken, which has no call that only splits
 
         ranks, unknown = [], bytes(self.unknown)
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")   # as tiktoken
-        for match in regex.finditer(self.split, text):
+        for match in regex.finditer(self.split, in_unicode(text)):      # as tiktoken reads it
             piece = match[0].encode()
             if piece in self.words:
                 ranks.append(self.words[piece])
