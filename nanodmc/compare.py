@@ -161,11 +161,10 @@ def checked_out(out):
 
 @contextmanager
 def sole_writer(out):
-    """Nobody else writes a comparison to `out`, if that is given. Raises InputError as above."""
+    """Nobody else writes to `out`, if that is given and was checked. Raises InputError as above."""
     if not out:
         yield
         return
-    checked_out(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with only_writer(out):
         checked_out(out)                 # another one may have come to its end
@@ -183,8 +182,6 @@ class Comparison:
         self.cases = all_cases(subjects, policies, ratios)
         self.context = min(subject.context for subject in subjects)
         self.out, self.rows = out, []
-        if out:
-            checked_out(out)
         texts, name = held_out(subjects, data, "--compare of models without a run")
         self.texts = chosen(texts, subjects[0].tokenizer, tokens or TOKENS, self.context)
         self.cut = {subject.argument: pieces(self.texts, subject.tokenizer, self.context)
@@ -249,6 +246,8 @@ def compare(args, device):
     args: compare, policy (names with commas between, or None), cr, data, tokens, out, ops. Raises
     InputError.
     """
+    if args.out:
+        checked_out(args.out)
     if any(map(is_comparison, args.compare)):
         with sole_writer(args.out):
             combine(args.compare, args.out)

@@ -70,8 +70,8 @@ def plot_run(figure, axes, folder):
     if not decided and settings.variant != "gqa":
         raise InputError(f"{path} has no step with decisions yet; let the run get to its retrofit.")
     starts = [phase.position for phase in plan(settings)]
-    if any(e["index"] >= len(starts) for e in entries) or len({np.shape(e["heads"])
-                                                               for e in decided}) > 1:
+    shapes = {np.shape(e["heads"]) for e in decided}             # of one model, one
+    if any(e["index"] >= len(starts) for e in entries) or len(shapes) > 1:
         raise damaged(path, "it is no curve of this run")
     plot_curves(axes[0], axes[1], entries, starts)
     axes[0].set_title(as_label(folder))

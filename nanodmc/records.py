@@ -1,6 +1,7 @@
 """What a run writes as JSON, with checksums: read back only if it is whole and makes sense."""
 
 import json
+import math
 import zlib
 from pathlib import Path
 
@@ -132,17 +133,16 @@ def heads_of(entry):
 def read_summary(path, remedy="restore it from a copy"):
     """A finished run's summary.json. Raises InputError where it is damaged."""
     summary = read_json(path)
-    if not isinstance(summary, dict):
-        raise damaged(path, "no summary", remedy)
-    entries, settings = summary.get("dmc"), summary.get("settings")
-    sound = (is_number(summary.get("pretrained")) and is_number(summary.get("control", 0))
-             and isinstance(summary.get("unit"), str) and isinstance(settings, dict)
-             and is_number(settings.get("retrofit_steps"), 0, kind=int)
-             and isinstance(entries, list) and entries and all(
-                 isinstance(entry, dict) and is_number(entry.get("cr"), 1)
-                 and is_number(entry.get("target"), 1)
-                 and all(is_number(entry.get(key)) for key in ("loss", "pooling"))
-                 for entry in entries))
+    try:
+        sound = (is_number(summary["pretrained"]) and is_number(summary.get("control", 0))
+                 and isinstance(summary["unit"], str)
+                 and is_number(summary["settings"]["retrofit_steps"], 0, kind=int)
+                 and len(summary["dmc"]) > 0 and all(
+                     is_number(entry[key], low) for entry in summary["dmc"]
+                     for key, low in (("cr", 1), ("target", 1), ("loss", -math.inf),
+                                      ("pooling", -math.inf))))
+    except (AttributeError, KeyError, TypeError):
+        sound = False
     if not sound:
         raise damaged(path, "no summary of a run", remedy)
     return summary

@@ -224,7 +224,7 @@ class Run:
 
     def remove_states(self):
         """Remove every folder of tensors but the saved state's."""
-        for folder in self.out.glob("state-*") if self.rank == 0 else ():
+        for folder in self.out.iterdir() if self.rank == 0 else ():
             if TENSORS.fullmatch(folder.name) and folder.name != self.saved["tensors"]:
                 shutil.rmtree(folder)
         self.wait()

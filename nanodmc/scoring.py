@@ -31,10 +31,10 @@ def score(model, pairs, gain=None, cache_for=None, each_batch=lambda tokens: Non
 
     Raises InputError for a continuation that is empty or longer than the model's positions. A pair
     that is longer than these loses the beginning of its context. gain: as in Transformer.hidden.
-    cache_for: a function of a text's length in tokens that returns what
-    makes its cache, with the arguments of dmc.Cache. None: no cache, but the parallel form, which
-    at alpha in {0, 1} gives what the model's own cache gives. each_batch: called with the tokens of
-    each batch as it is finished.
+    cache_for: a function of a text's length in tokens that returns what makes its cache, with the
+    arguments of dmc.Cache. None: no cache, but the parallel form, which at alpha in {0, 1} gives
+    what the model's own cache gives. each_batch: called with the tokens of each batch as it is
+    finished.
 
     Pairs with the same input, such as those of two answers of one token each, are worked on once.
     """

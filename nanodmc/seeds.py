@@ -36,11 +36,11 @@ def read_rows(path):
     sound = isinstance(rows, list) and all(map(is_row, rows))
     if not rows or not sound:
         raise InputError(f"{path} holds no rows of --compare; give what its --out wrote.")
-    named = {short(row): row for row in rows}
-    if len(named) < len(rows):
-        twice = next(name for name in named if sum(short(row) == name for row in rows) > 1)
-        raise InputError(f"{path} has two rows called {twice} without the folders above; give the "
-                         "last folders of its --compare different names.")
+    named = {}
+    for row in rows:
+        if named.setdefault(short(row), row) is not row:
+            raise InputError(f"{path} has two rows called {short(row)} without the folders above; "
+                             "give the last folders of its --compare different names.")
     return named
 
 
@@ -92,7 +92,10 @@ def cells(row):
 
 def combine(paths, out):
     """Print the table of comparisons at several seeds; out: write FILE.json and FILE.md too."""
-    paths = list({Path(path).resolve(): path for path in reversed(paths)}.values())[::-1]
+    files = {}
+    for path in paths:
+        files.setdefault(Path(path).resolve(), path)             # each once
+    paths = list(files.values())
     rows, facts = list(combined(paths)), provenance()
     heads = "", "CR", "nats/byte", "above", "least to most"
     print("\n".join(in_columns([heads, *map(cells, rows)], NAME, WIDTHS)))
