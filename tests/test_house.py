@@ -11,7 +11,7 @@ from conftest import HERE
 
 ORDER = [["dmc"],
          ["launch", "large_scores", "mask_kernels", "flash_attention", "banded_average",
-          "segment_average", "padded_cache", "strips", "work_list", "decisions"],
+          "segment_average", "padded_cache", "strips", "pages", "work_list", "decisions"],
          ["dmc_fast"],
          *([name] for name in (
              "interrupts", "files", "machine", "locks", "terminal", "cli", "variants", "short_step",

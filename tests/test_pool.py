@@ -93,7 +93,7 @@ def test_a_pool_stays_as_it_is_within_a_graph(monkeypatch):
     config = config_of((4, 2), n_layer=1)
     cache = PagedCache(config, 1)
     first, rest = parts(tokens_of(0, 40, 1), [1, 39])
-    monkeypatch.setattr(dmc_fast, "capturing", lambda device: True)
+    monkeypatch.setattr("nanodmc.pages.capturing", lambda device: True)
     cache.attend(0, *first)
     monkeypatch.undo()
     pool = cache.pool_k
