@@ -1,6 +1,7 @@
 """What several test files share: tiny runs and models, oracles, and ways to look at a run."""
 
 import contextlib
+import gc
 import io
 import json
 import lzma
@@ -29,6 +30,16 @@ HERE = Path(__file__).parent.parent          # where the two commands are
 def pytest_collection_modifyitems(items):
     """The process that tests kernels runs beside all other tests, so it is waited for last."""
     items.sort(key=lambda item: item.name == "test_kernels_in_the_interpreter")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collector_passes_over_what_is_there():
+    """A run calls the garbage collector after each phase. In a process that has imported half of
+    the world, that would take most of a tiny run's time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 # ------------------------------------------------------------------------------ a tiny training run

@@ -81,7 +81,7 @@ def assert_as_alone(model, result, **kwargs):
 @given(seeds, st.sampled_from([-0.5, 0.5, 1e9]), st.sampled_from([dmc, dmc_fast]),
        st.integers(1, 4), st.sampled_from([2, 4, 5, 6, 7]), st.sampled_from([None, 3]),
        st.booleans())
-@settings(max_examples=16)
+@settings(max_examples=10)
 def test_every_request_gets_what_it_gets_alone(one_thread, seed, c, ops, rows, pages, window,
                                                greedy):
     """With few rows and pages, requests wait, are admitted, are preempted, or are too large. Each
@@ -106,7 +106,7 @@ def test_every_request_gets_what_it_gets_alone(one_thread, seed, c, ops, rows, p
 
 @on_cpu
 @given(seeds, st.integers(2, 5), st.integers(1, 4), st.sampled_from([2, 5, 7]))
-@settings(max_examples=10)
+@settings(max_examples=6)
 def test_fixed_pooling_goes_by_each_sequences_own_age(one_thread, seed, every, rows, pages):
     config = VariantConfig(**vars(config_of((4, 1))), variant="fmp", every=every)
     model = Transformer(config, ops_of(config, dmc_fast)).double()
@@ -214,7 +214,7 @@ def poisoned_model(model, bad):
 @given(seeds, st.sampled_from([-0.5, 0.5, 1e9]), st.integers(2, 4), st.sampled_from([4, 6, 30]),
        st.sampled_from([torch.nan, torch.inf, -1e38, 6e4]), st.sampled_from([None, 3]),
        st.sampled_from([torch.float32, torch.float16]))
-@settings(max_examples=16)
+@settings(max_examples=10)
 def test_poisoned_sequences_harm_nobody_else(one_thread, seed, c, rows, pages, bad, window, dtype):
     """Beside them and after them, each healthy request gets the text that it gets by itself."""
     model = model_of(seed % 20, (4, 1), window, dmc_fast, c=c).to(dtype)

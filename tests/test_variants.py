@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dmc
@@ -55,6 +55,7 @@ def variant_of(name, seed, heads=(4, 4), window=12, ops=dmc, every=None):
 @both
 @pytest.mark.parametrize("name", DECIDING)
 @given(seeds, groups, lengths, windows, st.integers(1, 8), st.integers(2, 5))
+@settings(max_examples=12)
 def test_training_form_and_cache_agree(ops, name, seed, heads, T, window, split, every):
     model = variant_of(name, seed, heads, window, ops, every)
     tokens = torch.randint(0, 29, (2, T))
