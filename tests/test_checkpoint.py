@@ -89,7 +89,7 @@ def checkpoint_is(folder, model):
 
 @pytest.mark.filterwarnings("ignore:.*differs from what was saved")
 @pytest.mark.parametrize("before, after",
-                         [(0, 0), (0, 2000), (2000, 0), (2000, 2000), (2000, 1500)])
+                         [(0, 0), (0, 9000), (9000, 0), (9000, 9000), (9000, 7000)])
 def test_a_kill_at_any_moment_of_saving_leaves_one_whole_checkpoint(tmp_path, before, after):
     """The process dies at each of its changes to the folder in turn. before, after: bytes per
     shard of the old and the new checkpoint; 0: one file."""

@@ -21,7 +21,6 @@ from nanodmc import (
     checkpoint,
     decisions,
     flash_attention,
-    launch,
     mask_kernels,
     sampling,
     short_step,
@@ -350,8 +349,8 @@ class Launch:
 def no_kernels_run(monkeypatch):
     """Caches and functions choose their kernels, whose launches do nothing. A list of them."""
     launched = []
-    for module in (launch, dmc_fast):
-        monkeypatch.setattr(module, "uses_kernels", lambda device: True)
+    for module in ("nanodmc.launch", "nanodmc.pages", "dmc_fast"):
+        monkeypatch.setattr(f"{module}.uses_kernels", lambda device: True)
     for module in (dmc_fast, mask_kernels, short_step, decisions):
         monkeypatch.setattr(module, "triton", types.SimpleNamespace(cdiv=lambda a, b: -(-a // b)))
         for name in vars(module).copy():
