@@ -169,8 +169,8 @@ class Settings:
 
     eval_sequences: int = setting("output", 256, "validation sequences behind each figure of the "
                                   "final table")
-    save_every: int = setting("output", 100, "steps from one saved state to the next")
-    log_every: int = setting("output", 40, "steps from one line on the screen to the next")
+    save_every: int = setting("output", 100, "steps from one saved state to the next", 20)
+    log_every: int = setting("output", 40, "steps from one line on the screen to the next", 10)
 
     def __post_init__(self):
         for f in fields(self):

@@ -2,8 +2,8 @@
 # A pretrained model retrofitted with few tokens: DMC at CR 2, 3 and 4, and the control.
 #
 #     results/retrofit.sh cpu MODEL TEXT...    SmolLM2-135M on a CPU: 0.6 M tokens to CR 4
-#     results/retrofit.sh gpu MODEL TEXT...    the same recipe on one H100: 200 M tokens to CR 4
-#     results/retrofit.sh 7b MODEL TEXT...     Llama 2 7B, 200 M tokens to CR 4, on two H100
+#     results/retrofit.sh gpu MODEL TEXT...    the same recipe on one H100: 184 M tokens to CR 4
+#     results/retrofit.sh 7b MODEL TEXT...     Llama 2 7B, 184 M tokens to CR 4, on two H100
 #
 # MODEL and TEXT are what --init and --data of train.py take. The run is runs/retrofit-cpu and so
 # on; one that was interrupted goes on. TRY=1 takes a few small steps of each phase, in
@@ -20,7 +20,7 @@ python=${PYTHON:-python} folder=runs/retrofit-$size
 case $size in
 cpu) flags=() ;;
 gpu) flags=(--context 2048 --batch 32 --micro-batch 16 --free-steps 60 --retrofit-steps 2250
-            --solidify-steps 500) ;;
+            --solidify-steps 500 --save-every 250 --log-every 50) ;;
 7b)  flags=(--context 4096 --batch 64 --micro-batch 1 --lr 3e-5 --free-steps 15
             --retrofit-steps 560 --solidify-steps 125) ;;
 *)   echo "retrofit.sh: $size is no size; give cpu, gpu or 7b." >&2; exit 2 ;;
