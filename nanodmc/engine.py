@@ -86,6 +86,7 @@ class Engine:
         self.all_heads = self.heads * rank_count()
         self.known = {}                                    # row -> Held, by the newest report
         self.graphs, self.steps, self.waited, self.preempted = {}, 0, 0.0, 0
+        self.stream = None                                 # on which graphs are captured
         self.admitted = False                              # since the last step
 
     # --- requests
@@ -170,13 +171,14 @@ class Engine:
         kept = [(x, x.clone()) for x in (self.cache.ages, self.tokens)]
         self.cache.ages.fill_(-1)
         self.cache.seen = [1] * len(self.cache.seen)      # at which work is not shared anew
-        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        # on PyTorch's own, which all share, the end of another Engine's graph frees memory of these
+        self.stream, graph = self.stream or torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             self._step(limits)
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self.stream)
         pool = next(iter(self.graphs.values())).pool() if self.graphs else None
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=self.stream):
             self._step(limits)
         for x, before in kept:
             x.copy_(before)

@@ -10,6 +10,8 @@ from nanodmc.launch import capturing, power_of_2, uses_kernels
 from nanodmc.padded_cache import CacheBytes, FastCache
 from nanodmc.strips import Strips
 
+WIDEST_RING = 64    # tokens of an open segment that step_kernel has in the registers of one warp
+
 
 class Pages(FastCache):
     """The memory of dmc_fast.PagedCache, which adds `append` and `step`.
@@ -36,7 +38,8 @@ class Pages(FastCache):
             raise ValueError(f"page_size is {page_size}; choose 16, 32 or 64")
         L, B, G, D = config.n_layer, batch, config.n_kv_head, config.head_dim
         on_gpu = torch.device(device or "cpu").type == "cuda"
-        fits_kernels = dtype != torch.float64 and D >= (16 if on_gpu else 2) and D == power_of_2(D)
+        fits_kernels = (dtype != torch.float64 and D >= (16 if on_gpu else 2)
+                        and D == power_of_2(D) and (config.window or 1) <= WIDEST_RING)
         self.kernels = uses_kernels(device) and fits_kernels
         self.grows, ints = pages is None, dict(dtype=torch.int32, device=device)
         self.lengths, self.ages = torch.zeros(L, B, G, **ints), torch.zeros(L, B, G, **ints)

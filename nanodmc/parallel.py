@@ -6,7 +6,9 @@ holds some heads of every layer (`load_part`). To train, it holds some rows of e
 """
 
 import atexit
+import gc
 import os
+import sys
 from dataclasses import replace
 
 import torch
@@ -91,11 +93,21 @@ def joined(model):
     """This rank's part of a model, with its attention's and MLPs' outputs summed over the ranks."""
     if not dist.is_initialized():
         dist.init_process_group("nccl" if next(model.parameters()).is_cuda else "gloo")
-        atexit.register(dist.destroy_process_group)      # or its threads may abort the interpreter
+        atexit.register(leave)
     for block in model.layers:
         for linear in (block.self_attn.o_proj, block.mlp.down_proj):
             linear.register_forward_hook(lambda module, inputs, y: over_ranks(y))
     return model
+
+
+def leave():
+    """End the process group at the interpreter's exit, which its threads might abort otherwise.
+
+    NCCL waits for CUDA graphs that hold its work, for ever if one lives in the frames of an error.
+    """
+    sys.last_exc = sys.last_value = sys.last_traceback = None
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def load_part(path, ops=dmc, device=None, dtype=None):

@@ -191,6 +191,12 @@ def test_pages_of_other_sizes_are_refused(size):
         dmc_fast.PagedCache(config_of(), 1, page_size=size)
 
 
+@pytest.mark.parametrize("window, kernels", [(None, True), (12, True), (64, True), (65, False)])
+def test_a_window_that_a_warp_cannot_hold_goes_without_kernels(monkeypatch, window, kernels):
+    monkeypatch.setattr("nanodmc.pages.uses_kernels", lambda device: True)
+    assert dmc_fast.PagedCache(config_of(window=window), 1).kernels == kernels
+
+
 # ------------------------------------------------------ what is wrong with one sequence stays there
 
 BAD = [torch.nan, torch.inf, -torch.inf, 1e38]

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import sys
+import weakref
 
 import pytest
 import torch
@@ -126,3 +128,24 @@ def test_alone_there_is_nothing_to_add_up(monkeypatch):
     assert (parallel.this_rank(), parallel.rank_count()) == (0, 1)
     x = torch.tensor([1.0, 2.0])
     assert parallel.over_ranks(x) is x and x.tolist() == [1, 2] and parallel.local(x) is x
+
+
+def test_no_graph_is_left_when_the_group_ends(monkeypatch):
+    """Not even in the frames of the error that ended the process: NCCL would wait for it."""
+    class Graph:
+        pass
+
+    def failing(graphs):
+        graphs.append(graphs)                                    # only the collector frees it
+        raise MemoryError
+
+    left, graphs = [], [Graph()]
+    graph = weakref.ref(graphs[0])
+    try:
+        failing(graphs)
+    except MemoryError as error:
+        monkeypatch.setattr(sys, "last_value", error, raising=False)
+    del graphs
+    monkeypatch.setattr(parallel.dist, "destroy_process_group", lambda: left.append(graph()))
+    parallel.leave()
+    assert left == [None]
