@@ -4,10 +4,10 @@
 GPU the work is done by Triton kernels around stock flash attention, elsewhere by the PyTorch
 operations that fit best. Names and shapes are those of the glossary in dmc.py.
 
-Here are the kernels of the window accumulation (Eq. 9), and the cache in pages with the kernels of
-a decode step. Beside it, in nanodmc/: `attend` (flash_attention.py), `decide` (decisions.py),
-averages over whole segments (segment_average.py), and for a CPU the accumulation
-(banded_average.py) and the cache (padded_cache.py). The pool of pages is in pages.py.
+Here are the kernels of the window accumulation (Eq. 9), and those of a decode step over the cache
+in pages. Beside it, in nanodmc/: the pages (pages.py), `attend` (flash_attention.py), `decide`
+(decisions.py), averages over whole segments (segment_average.py), and for a CPU the accumulation
+(banded_average.py) and the cache (padded_cache.py).
 """
 
 from __future__ import annotations  # kernels can be read, not run, where Triton is missing
@@ -440,9 +440,7 @@ def decode(q, pool_k, pool_v, table, lengths, items, places):
 # ------------------------------------------------------------------------ the cache in pages
 
 class PagedCache(Pages):
-    """One pool of pages for all layers, sequences and heads: no head pays for another's length.
-
-    nanodmc/pages.py has the pool, what `pages` and `strips` mean, and how sequences come and go.
+    """Algorithm 1 over Pages; see there for `pages`, `strips`, and how sequences come and go.
 
     A step at T = 1 never waits for a GPU, so it cannot raise errors there; `check` does. `seen`
     counts calls, and the positions are checked by it. It must be set to the longest sequence's

@@ -1,7 +1,4 @@
-"""Slots in pages: which page of the pool is whose, and how pages are taken and given back.
-
-What a step does with the slots is in dmc_fast.py.
-"""
+"""Slots in pages: which page of the pool is whose, and how pages are taken and given back."""
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +11,9 @@ WIDEST_RING = 64    # tokens of an open segment that step_kernel has in the regi
 
 
 class Pages(FastCache):
-    """The memory of dmc_fast.PagedCache, which adds `append` and `step`.
+    """One pool of pages for all layers, sequences and heads: no head pays for another's length.
+
+    The memory of dmc_fast.PagedCache, which adds `append` and `step`.
 
     pool_k, pool_v (pages + 1, page, D). table (L, B, G, pages per head): the pages of each head, or
     0. Page 0 is the spare one, where a head writes when the pool is exhausted. free: the numbers of

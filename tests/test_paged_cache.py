@@ -210,7 +210,7 @@ def poison(inputs, row, bad, at=slice(None)):
     return inputs
 
 
-@settings(max_examples=3 if INTERPRETED else 16)
+@settings(max_examples=3 if INTERPRETED else 40)
 @given(st.data())
 def test_healthy_sequences_beside_poisoned_ones_kernel(data):
     """Each gets what it gets alone, in one prefill and in steps, from every kind of cache."""
@@ -242,7 +242,7 @@ def test_a_released_row_beside_a_first_token_kernel():
     assert cache.left.item() == 7 and cache.lengths.flatten().tolist() == [0, 1]
 
 
-@settings(max_examples=3 if INTERPRETED else 16)
+@settings(max_examples=3 if INTERPRETED else 40)
 @given(st.data())
 def test_sequences_in_a_poisoned_ones_place_kernel(data):
     """They know nothing of its pages, its ring, and what it wrote when released."""

@@ -183,7 +183,7 @@ def test_tokens_of_sources_equal_the_tokenizers_library(trained, name):
     of the first planes."""
     ours, theirs = trained(name)
     texts = [Path(f).read_text(encoding="utf-8", errors="ignore")
-             for f in standard_library()[::400]]
+             for f in standard_library()[::160]]
     planes = [chr(c) for c in range(0x20000) if not 0xD800 <= c < 0xE000]
     texts += ["".join(planes[i:i + 4096]) for i in range(0, len(planes), 4096)]
     texts += ["a".join([" " * n, "\n" * n, "▁" * n, "=" * n, "a" * n])
