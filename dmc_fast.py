@@ -524,24 +524,22 @@ class PagedCache(Pages):
 
     def step_in_operations(self, layer, q, k, v, alpha, omega):
         """step_kernel and decode_kernel in PyTorch's operations, padded to the longest head."""
-        running, slot = self.ages[layer] >= 0, self.lengths[layer].clone()       # (B, G)
-        merge = torch.zeros_like(running)
+        lengths, ages = self.lengths[layer], self.ages[layer]                    # (B, G)
+        appends = running = ages >= 0
+        slot = lengths[..., None]
         if alpha is not None:
-            merge = (alpha[..., 0] > 0.5) & (slot > 0)           # the first token appends
-            k, v = self.open.average(layer, self.ages[layer].long(), k, v, merge, omega)
-            slot -= merge.int()
-        appends, at = running & ~merge, slot[..., None]
-        page = (at // self.page_size).long().clamp(0, self.table.size(-1) - 1)
-        self.take(layer, page, appends[..., None] & (at % self.page_size == 0))
-        age = self.ages[layer, :, :1].clamp(min=0)               # all heads of a sequence agree
+            merge = (alpha > 0.5) & (slot > 0)                   # the first token appends
+            k, v = self.open.average(layer, ages.long(), k, v, merge[..., 0], omega)
+            appends, slot = running & ~merge[..., 0], slot - merge.int()
+        self.take(layer, slot, appends[..., None] & (slot % self.page_size == 0))
+        age = ages[:, :1].clamp(min=0)                           # all heads of a sequence agree
         cos, sin = self.cos[age][:, :, None], self.sin[age][:, :, None]      # (B, 1, 1, D / 2)
         q, k = (dmc.rotate_heads(x, cos, sin, self.gain) for x in (q, k))
-        self.write(layer, slot[..., None], running[..., None], k, v)
-        self.lengths[layer] += appends.int()
-        self.ages[layer] += running.int()
-        y = (self.strips.attend(layer, q, self.lengths[layer]) if self.strips else
-             attend_pages(q, self.pool_k, self.pool_v, self.table[layer], self.lengths[layer],
-                          self.room))
+        self.write(layer, slot, running[..., None], k, v)
+        lengths.add_(appends)
+        ages.add_(running)
+        y = (self.strips.attend(layer, q, lengths) if self.strips else
+             attend_pages(q, self.pool_k, self.pool_v, self.table[layer], lengths, self.room))
         return y.masked_fill(~running[:, :1, None, None], 0)
 
 

@@ -349,7 +349,8 @@ def flags_of_all_modes():
     flags.add_argument("--cr", type=ratios, nargs="+", metavar="CR", help=(
         "compression ratios besides 1, of a model that does not decide [2 4 8]"))
     flags.add_argument("--prompt-tokens", type=number(1, 2 ** 31 - 1, int), nargs="+", help=(
-        "lengths of the prompts [2048 on a GPU, 1024 on a CPU]"))
+        "lengths of the prompts [2048 on a GPU, 1024 on a CPU, 4096 of the toy, or what the model "
+        "has positions for]"))
 
     flags = parser.add_argument_group("comparison")
     flags.add_argument("--compare", nargs="+", metavar="NAME", help=(

@@ -266,13 +266,24 @@ def bench_model(args, device):
     return load_part(folder, OPS["fast"], device, dtype), str(folder), texts
 
 
+def usual_lengths(positions, device, toy):
+    """Tokens of a prompt, and to generate, where none are asked for, within a model's positions.
+
+    The toy's are such that attention over the cache is what takes time.
+    """
+    prompt, count = (2048, 2048) if device == "cuda" else (4096 if toy else 1024, 256)
+    count = min(count, positions // 2)
+    return min(prompt, positions - count), count
+
+
 def small_pool(config, length):
     """The gigabytes of a pool where none are asked for on a CPU: enough to measure, soon done.
 
-    0.08 for a toy, and room for four sequences of a larger model in which nothing merges.
+    20 sequences in which nothing merges, within 0.4 GB; of a larger model, or longer ones, 4.
     """
-    pages = 4 * config.n_layer * config.n_kv_head * (length // PAGE + 2)
-    return max(0.08, pages * page_bytes(config, torch.float32) / 1e9)
+    pages = config.n_layer * config.n_kv_head * (length // PAGE + 2)
+    sequence = pages * page_bytes(config, torch.float32) / 1e9
+    return max(4 * sequence, min(20 * sequence, 0.4))
 
 
 def benchmark(args, device):
@@ -281,20 +292,21 @@ def benchmark(args, device):
     Prints as it goes, and writes args.out after each row; at the end a plot beside it. Raises
     InputError.
     """
-    path, on_gpu, ranks = args.out or Path("bench.json"), device == "cuda", rank_count()
-    prompts = args.prompt_tokens or [2048 if on_gpu else 1024]
-    count = args.tokens or (2048 if on_gpu else 256)
-    if count < 16:
-        raise InputError(f"--tokens {count} is too few to measure; give at least 16.")
+    path, ranks = args.out or Path("bench.json"), rank_count()
+    if args.tokens and args.tokens < 16:
+        raise InputError(f"--tokens {args.tokens} is too few to measure; give at least 16.")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise InputError(f"{path} cannot be written; check --out.")
     model, name, texts = bench_model(args, device)
-    if max(prompts) + count > model.config.max_seq_len:
+    positions, toy = model.config.max_seq_len, not args.ckpt and args.model in (None, "toy")
+    prompt, count = usual_lengths(positions, device, toy)
+    prompts, count = args.prompt_tokens or [prompt], args.tokens or count
+    if max(prompts) + count > positions:
         raise InputError(
             f"{max(prompts)} tokens and {count} more do not fit the model's "
-            f"{model.config.max_seq_len} positions; lower --prompt-tokens or --tokens.")
+            f"{positions} positions; lower --prompt-tokens or --tokens.")
     gigabytes = args.cache_gb
-    if gigabytes is None and not on_gpu:
+    if gigabytes is None and device != "cuda":
         gigabytes = small_pool(model.config, max(prompts) + count)
     how = ("The model decides." if model.config.dmc else
            "Decisions are forced: heads merge at random, each at a rate of its own, about as "

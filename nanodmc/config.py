@@ -40,8 +40,8 @@ SHAPES = {
     "llama2-7b": dict(n_layer=32, n_head=32, n_kv_head=32, dim=4096, ffn_dim=11008, **LLAMA2),
     "llama2-13b": dict(n_layer=40, n_head=40, n_kv_head=40, dim=5120, ffn_dim=13824, **LLAMA2),
     "llama2-70b": dict(n_layer=80, n_head=64, n_kv_head=8, dim=8192, ffn_dim=28672, **LLAMA2)}
-TOY = dict(vocab_size=512, n_layer=2, n_head=8, n_kv_head=8, dim=256, ffn_dim=512,
-           max_seq_len=4096)
+TOY = dict(vocab_size=256, n_layer=2, n_head=8, n_kv_head=8, dim=128, ffn_dim=256, head_dim=32,
+           max_seq_len=8192)
 
 
 # ----------------------------------------------------------------------------------------- sizes

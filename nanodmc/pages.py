@@ -154,11 +154,12 @@ class Pages(FastCache):
 
     # --- tokens come
 
-    def take(self, layer, at, fresh):
-        """A free page, or the spare one if none is, for the entries `at` (B, G, n) of the table
-        that are True in fresh (B, G, n)."""
+    def take(self, layer, slot, fresh):
+        """A page for the slots numbered `slot` (B, G, n) that are the first of theirs, True in
+        fresh (B, G, n): a free page, or the spare one if none is."""
         if not (fresh.is_cuda or fresh.any()):                   # a GPU is not waited for
             return
+        at = (slot // self.page_size).long().clamp(0, self.table.size(-1) - 1)
         taken = self.left - fresh.flatten().cumsum(0).view_as(fresh)
         last = len(self.free) - 1                                # beyond it, nothing is taken
         pages = torch.where(taken >= 0, self.free[taken.clamp(0, last)], 0)
@@ -187,6 +188,7 @@ class Pages(FastCache):
         """Items (B, G, T, D) of a prefill, those that survive (B, G, T), oldest first."""
         self.seen[layer] = self.ages[layer] = survives.size(-1)
         self.lengths[layer] = survives.sum(-1)
-        page = torch.arange(self.table.size(-1), device=k.device).expand_as(self.table[layer])
-        self.take(layer, page, page * self.page_size < self.lengths[layer][..., None])
+        first = self.page_size * torch.arange(self.table.size(-1), device=k.device)
+        first = first.expand_as(self.table[layer])               # slots of pages
+        self.take(layer, first, first < self.lengths[layer][..., None])
         self.write(layer, survives.cumsum(-1) - 1, survives, k, v)

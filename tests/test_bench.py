@@ -157,12 +157,21 @@ def test_a_first_half_that_comes_with_the_prompt_leaves_the_same_state(one_threa
     assert made.skipped(case, whole=False) == 20         # all ranks as many as the slowest
 
 
-@pytest.mark.parametrize("name", ["toy", "llama2-7b"])
-def test_the_pool_of_a_cpu_holds_a_few_sequences_of_any_model(name):
-    size, length = shape(name), 48
-    pool = bench.small_pool(size, length)
+@pytest.mark.parametrize("name, length, sequences", [
+    ("toy", 4352, 20), ("toy", 40000, 4), ("llama2-7b", 48, 4)])
+def test_the_pool_of_a_cpu_holds_a_few_sequences_of_any_model(name, length, sequences):
+    size = shape(name)
+    pool = 1e9 * bench.small_pool(size, length)
     sequence = 2 * size.n_layer * size.n_kv_head * size.head_dim * 4 * (length + PAGE)
-    assert max(0.08, 4 * sequence / 1e9) <= pool < max(0.081, 8 * sequence / 1e9)
+    assert sequences * sequence <= pool < 1.5 * sequences * sequence
+
+
+@pytest.mark.parametrize("positions, device, toy, lengths", [
+    (4096, "cuda", True, (2048, 2048)), (2048, "cuda", False, (1024, 1024)),
+    (8192, "cpu", True, (4096, 256)), (8192, "cpu", False, (1024, 256)),
+    (512, "cpu", False, (256, 256)), (1100, "cpu", False, (844, 256))])
+def test_what_is_not_asked_for_fits_the_positions(positions, device, toy, lengths):
+    assert bench.usual_lengths(positions, device, toy) == lengths
 
 
 @pytest.mark.parametrize("name", [

@@ -31,7 +31,7 @@ def test_the_transformers_peer_has_the_same_weights_and_logits():
     config = shape("toy")
     model = checkpoint.random_model(config, dmc_fast, "cpu", torch.float32)
     bench = types.SimpleNamespace(model=model, config=config, device=torch.device("cpu"))
-    tokens = torch.randint(0, 512, (2, 20))
+    tokens = torch.randint(0, config.vocab_size, (2, 20))
     assert_close(peers.as_transformers(bench)(tokens).logits, model(tokens)[0], 1e-4)
 
 
