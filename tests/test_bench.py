@@ -1,7 +1,9 @@
 """Properties of nanodmc/bench.py: figure 5, throughput with and without compression."""
 
 import json
+import os
 import re
+import statistics
 import types
 
 import pytest
@@ -197,3 +199,23 @@ def test_the_table_fits_a_terminal(name):
     assert bench.bench_line(big)[len(name):].split() == [
         "4096", "123,457", "15.94", "16.04", "12345.6", "141.200", "100%"]
     assert bench.bench_line(small).endswith("-")
+
+
+@pytest.mark.skipif("DMC_RESULTS" not in os.environ, reason="takes DMC_RESULTS, and two minutes")
+def test_the_engine_is_no_slower_than_its_peers(measured):
+    """At CR 1 and the same batch, as --bench without a GPU has it. In turns, for a machine's speed
+    drifts: what --bench measures last may profit."""
+    config = shape("toy")
+    prompt, count = bench.usual_lengths(config.max_seq_len, "cpu", toy=True)
+    model = checkpoint.random_model(config, dmc_fast, "cpu", torch.float32)
+    made = bench.Bench(model, prompt, count, bench.small_pool(config, prompt + count),
+                       lambda i, n: [i] * n)
+    case = cases.uncompressed(model)
+    batch, steps = made.largest_batch(case), {name: [] for name in ("engine", *PEERS)}
+    for _ in range(7):
+        steps["engine"].append(made.run(case, batch, whole=False)["ms_per_step"])
+        for name in PEERS:
+            steps[name].append(peers.peer_row(name, made, batch)["ms_per_step"])
+    ours, *theirs = (statistics.median(times) for times in steps.values())
+    measured.update(prompt=prompt, tokens=count, batch=batch, ms_per_step=steps)
+    assert ours < 1.05 * min(theirs)
