@@ -168,9 +168,10 @@ class Measurement(NamedTuple):
 
 
 def planned(bench, args):
-    """The Measurements of one length. Ours come first: what peers break is broken after them.
+    """The Measurements of one length. Only the first largest batch generates its first half too.
 
-    Only the first largest batch generates its first half too.
+    On a GPU peers come last: what they break is broken after ours. On a CPU, where they compile
+    nothing and speed drifts within minutes, next to the one that they are compared with.
     """
     cases = list(bench_cases(bench.model, args.cr, bench.texts(0, bench.prompt)))
     plan, first = [], None
@@ -185,8 +186,8 @@ def planned(bench, args):
                  for batch, kind in batches.items()]
     plan.append(Measurement("CR 1, alone", "alone", cases[0], 1, True, count=16))
     if rank_count() == 1:
-        batch = args.batch[0] if args.batch else first
-        plan += [Measurement(name, "peer", None, batch) for name in PEERS]
+        batch, at = args.batch[0] if args.batch else first, len(plan) if bench.on_gpu else 1
+        plan[at:at] = [Measurement(name, "peer", None, batch) for name in PEERS]
     return plan
 
 

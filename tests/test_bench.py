@@ -56,6 +56,7 @@ def test_bench_command(tmp_path, capsys, finished, monkeypatch):
     assert "toy" in written["model"]
     assert max(map(len, shown.splitlines())) <= 80
     assert all(row["name"] in shown for row in written["rows"] if row["kind"] != "alone")
+    assert [row["name"] for row in written["rows"][1:len(PEERS) + 1]] == list(PEERS)
     first, *rest = [row for row in written["rows"] if row["kind"] != "peer"]
     largest = next(row for row in rest if row["name"] == "CR 3, largest batch")
     assert first["ratio"] == 1 and first["cr"] == pytest.approx(1)
@@ -100,7 +101,7 @@ def test_a_failure_costs_what_it_must_and_no_more(tmp_path, monkeypatch, capsys)
     bench.benchmark(small(tmp_path, batch=[5]), "cpu")
     written, shown = json.loads((tmp_path / "bench.json").read_text()), capsys.readouterr().out
     by_name = {row["name"]: row for row in written["rows"]}
-    assert tried == [5, 4, 3] and set(rows) == {4}            # CR 1, CR 2, alone, broken
+    assert tried == [5, 4, 3] and set(rows) == {2}            # CR 1, broken
     assert by_name["large"]["batch"] == 3 and by_name["large"]["tokens_per_second"] == 6
     assert "KeyError: 'rope'" in by_name["broken"]["error"] and "broken: failed, KeyError" in shown
     assert "absent: not installed." in shown and "CR 1, alone" in by_name
