@@ -1,5 +1,7 @@
 """Every picture that the project draws, with matplotlib where it is installed."""
 
+import itertools
+
 import numpy as np
 
 from nanodmc.cli import installing
@@ -276,22 +278,21 @@ def plot_comparison(rows, text, path):
 def plot_bench(rows, path):
     """Figure 5: tokens/s by CR, at the largest batch and at that of CR 1.
 
-    rows: as `generate.py --bench` writes them. Returns whether matplotlib is there.
+    rows: as `generate.py --bench` writes them, CR 1 first. Returns whether matplotlib is there.
     """
     figure = new_figure(6, 3.5)
     if figure is None:
         return False
     axes = figure.subplots()
     for kind in dict.fromkeys(row["kind"] for row in rows if row["kind"] != "peer"):
-        points = [(row["cr"], row["tokens_per_second"]) for row in rows if row["kind"] == kind]
+        points = [(row["cr"], row["tokens_per_second"]) for row in rows
+                  if row["kind"] == kind or (row is rows[0] and kind == "batch of CR 1")]
         axes.plot(*zip(*points, strict=True), marker="o", label=kind)
-    for row in rows:
-        if row["kind"] == "peer":
-            axes.axhline(row["tokens_per_second"], color="grey", linestyle=":", linewidth=1)
-            axes.annotate(f"{row['name']}, batch {row['batch']}", (1, row["tokens_per_second"]),
-                          fontsize=7, color="grey", xycoords=("axes fraction", "data"),
-                          ha="right", va="bottom")
+    peers = [row for row in rows if row["kind"] == "peer"]
+    for row, style in zip(peers, itertools.cycle(("--", ":", "-.")), strict=False):
+        axes.axhline(row["tokens_per_second"], color="grey", linestyle=style, linewidth=1,
+                     label=f"{row['name']}, batch {row['batch']}")
     axes.set(xlabel="compression ratio", ylabel="tokens per second", ylim=(0, None))
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize=8)
     save(figure, path, 150)
     return True

@@ -50,6 +50,23 @@ def test_a_finished_run_is_drawn_as_loss_against_memory(finished, tmp_path):
     assert (run / "plot.png").exists() and not (run / "memory.png").exists()
 
 
+def test_a_benchmark_is_drawn_from_cr_1_with_all_peers_named(monkeypatch):
+    oracle("matplotlib")
+    rows = [{"name": name, "kind": kind, "batch": 3, "cr": cr, "tokens_per_second": speed}
+            for name, kind, cr, speed in [
+                ("CR 1, largest batch", "largest batch", 1.0, 10.0), ("one", "peer", 1.0, 9.0),
+                ("other", "peer", 1.0, 9.0), ("CR 2, batch of CR 1", "batch of CR 1", 2.0, 15.0),
+                ("CR 2, largest batch", "largest batch", 2.0, 20.0)]]
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, *_: figures.append(figure))
+    assert plots.plot_bench(rows, "bench.png")
+    (axes,) = figures[0].axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert lines == {"largest batch": [10, 20], "batch of CR 1": [10, 15], "one, batch 3": [9, 9],
+                     "other, batch 3": [9, 9]}
+    assert len({line.get_linestyle() for line in axes.lines[2:]}) == 2
+
+
 def test_loss_against_memory_needs_no_control(finished, tmp_path):
     """Without one, the loss itself is drawn, and no gain over the model given is claimed."""
     oracle("matplotlib")
