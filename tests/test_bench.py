@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import dmc
 import dmc_fast
 import generate
-from nanodmc import bench, cases, checkpoint, peers
+from nanodmc import bench, cases, checkpoint, peers, throughput
 from nanodmc.config import shape
 from nanodmc.files import InputError
 from nanodmc.peers import PEERS
@@ -111,14 +111,14 @@ def test_a_failure_costs_what_it_must_and_no_more(tmp_path, monkeypatch, capsys)
 @pytest.fixture
 def h100(monkeypatch):
     """A Bench of Llama 2 7B as it would be on an H100, as far as planning goes."""
-    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 2.6e12)
-    monkeypatch.setattr(bench.Bench, "pages", lambda self, *_, **__: int(60e9) // self.page)
+    monkeypatch.setattr(throughput, "copy_bandwidth", lambda device: 2.6e12)
+    monkeypatch.setattr(throughput.Bench, "pages", lambda self, *_, **__: int(60e9) // self.page)
     usual = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("meta"):
         model = dmc.Transformer(shape("llama2-7b", dmc=False))
     torch.set_default_dtype(usual)
-    made = bench.Bench(model, 2048, 2048, None, lambda i, n: [0] * n)
+    made = throughput.Bench(model, 2048, 2048, None, lambda i, n: [0] * n)
     made.on_gpu, made.device = True, torch.device("cpu")
     return made
 
@@ -139,7 +139,7 @@ def test_the_time_left_is_shown_where_there_is_some(h100, monkeypatch, capsys):
     clock = iter(range(0, 10 ** 6, 30))
     monkeypatch.setattr(bench.time, "perf_counter", lambda: float(next(clock)))
     row = {"batch": 1, "tokens_per_second": 1.0, "ms_per_step": 1.0, "prefill_ms": 1.0}
-    monkeypatch.setattr(bench.Bench, "run", lambda *_: row)
+    monkeypatch.setattr(throughput.Bench, "run", lambda *_: row)
     monkeypatch.setattr(bench, "peer_row", lambda name, *_: {**row, "name": name, "kind": "peer"})
     args = types.SimpleNamespace(cr=[2.0, 4.0, 8.0], batch=None)
     list(bench.measure(h100, args))
@@ -149,14 +149,14 @@ def test_the_time_left_is_shown_where_there_is_some(h100, monkeypatch, capsys):
 
 def test_a_first_half_that_comes_with_the_prompt_leaves_the_same_state(one_thread, monkeypatch):
     model = checkpoint.random_model(shape("toy", dmc=False), dmc_fast, "cpu", torch.float32)
-    made = bench.Bench(model, 40, 200, 0.005, lambda i, n: [0] * n)
+    made = throughput.Bench(model, 40, 200, 0.005, lambda i, n: [0] * n)
     case = list(cases.bench_cases(model, [8.0], [0]))[-1]
     batch = made.largest_batch(case, whole=False)
     assert made.skipped(case, whole=False) == 28 and made.skipped(case, whole=True) == 0
     whole, short = (made.run(case, batch, whole=whole) for whole in (True, False))
     assert short["cr"] == pytest.approx(whole["cr"], rel=0.03)
     assert short["kv_bytes_logical"] == pytest.approx(whole["kv_bytes_logical"], rel=0.03)
-    monkeypatch.setattr(bench, "over_ranks", lambda x, op: x + 8 * (op == "MAX"))
+    monkeypatch.setattr(throughput, "over_ranks", lambda x, op: x + 8 * (op == "MAX"))
     assert made.skipped(case, whole=False) == 20         # all ranks as many as the slowest
 
 
@@ -209,7 +209,7 @@ def test_the_engine_is_no_slower_than_its_peers(measured):
     config = shape("toy")
     prompt, count = bench.usual_lengths(config.max_seq_len, "cpu", toy=True)
     model = checkpoint.random_model(config, dmc_fast, "cpu", torch.float32)
-    made = bench.Bench(model, prompt, count, bench.small_pool(config, prompt + count),
+    made = throughput.Bench(model, prompt, count, bench.small_pool(config, prompt + count),
                        lambda i, n: [i] * n)
     case = cases.uncompressed(model)
     batch, steps = made.largest_batch(case), {name: [] for name in ("engine", *PEERS)}

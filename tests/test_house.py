@@ -21,7 +21,7 @@ ORDER = [["dmc"],
              "optim", "starts", "evaluate", "baselines", "policies", "requests", "sampling",
              "plots", "stopping", "claim", "state", "metrics", "runs", "heldout", "contenders",
              "comparison", "seeds", "history", "compare", "pool", "engine", "chat", "results",
-             "prompts", "merges", "analyses", "peers", "cases", "bench", "scoring",
+             "prompts", "merges", "analyses", "peers", "cases", "throughput", "bench", "scoring",
              "humaneval", "harness", "benchmarks", "compiled")),
          ["train", "generate"]]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
