@@ -138,11 +138,11 @@ def bench_model(args, device):
 def usual_lengths(positions, device, toy):
     """Tokens of a prompt, and to generate, where none are asked for, within a model's positions.
 
-    The toy's are such that attention over the cache is what takes time.
+    At least 1 and 16. The toy's are such that attention over the cache is what takes time.
     """
     prompt, count = (2048, 2048) if device == "cuda" else (4096 if toy else 1024, 256)
-    count = min(count, positions // 2)
-    return min(prompt, positions - count), count
+    count = max(16, min(count, positions // 2))
+    return max(1, min(prompt, positions - count)), count
 
 
 def small_pool(config, length):

@@ -73,6 +73,8 @@ def test_bench_command(tmp_path, capsys, finished, monkeypatch):
     assert first["kv_bytes_logical"] == slots * 2 * 32 * 4
     assert generate.main([*command, "--ckpt", str(finished / "cr2"), "--batch", "1", "2"]) == 2
     assert "16 positions" in capsys.readouterr().err
+    assert generate.main(["--bench", "--ckpt", str(finished / "cr2")]) == 2
+    assert "1 tokens and 16 more do not fit the model's 16 positions" in capsys.readouterr().err
 
 
 def small(tmp_path, **changes):
