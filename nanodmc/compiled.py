@@ -12,7 +12,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -230,7 +229,6 @@ def measure():
     """Print the table, and write results/kernels-sm90.json."""
     if triton is None:
         raise InputError(f"Triton is not installed; install it with: {installing('triton')}")
-    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     rows = [figures(name, compile_kernel(name)) for name in CASES]
     print(table(rows), end="")
     write_json(ROOT / "results/kernels-sm90.json", {"rows": rows, **provenance()})

@@ -14,6 +14,8 @@ try:
 except ImportError:                          # there is none for this machine
     triton = tl = None
 
+# a product and its sum are one instruction, which Triton wants to be told from 3.10 on
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 

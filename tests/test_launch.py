@@ -22,6 +22,7 @@ def test_every_kernel_is_compiled_below():
 
 @needs_triton
 @on_cpu
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name,changes", [(name, {}) for name in compiled.CASES] + [
     ("mask_kernel", dict(R=8)), ("restore_kernel", dict(R=8)), ("mask_gradient_kernel", dict(R=8)),
     ("step_kernel", dict(R=8)), ("step_kernel", dict(W=1, W_PAD=1, WINDOWED=False)),
