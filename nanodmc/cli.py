@@ -221,8 +221,10 @@ def provenance():
         cpus = (line.split(":")[1].strip() for line in read_lines("/proc/cpuinfo")
                 if line.startswith("model name"))
         device = f"{next(cpus, platform.processor())}, {torch.get_num_threads()} threads"
+    module = sys.modules["__main__"].__spec__                    # of python -m
+    program = ["-m", module.name] if module else [Path(sys.argv[0]).name]
     return {"date": time.strftime("%Y-%m-%d"),
-            "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": shlex.join(["python", *program, *sys.argv[1:]]),
             "commit": commit, "device": device,
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__, "triton": getattr(triton, "__version__", None)}}

@@ -1,6 +1,7 @@
 """Properties of cli.py and terminal.py: parser, messages, commands to type, a figure's origin."""
 
 import errno
+import importlib.machinery
 import io
 import os
 import re
@@ -322,10 +323,15 @@ def test_a_command_is_as_short_as_it_can_be(monkeypatch, tmp_path):
 
 # ------------------------------------------------------------------------ where a figure comes from
 
-def test_provenance_names_what_stands_behind_a_figure(monkeypatch):
+@pytest.mark.parametrize("module, command", [
+    (None, "python train.py --out 'a run'"),
+    ("nanodmc.tool", "python -m nanodmc.tool --out 'a run'")])
+def test_provenance_names_what_stands_behind_a_figure(module, command, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/a/folder/train.py", "--out", "a run"])
+    spec = module and importlib.machinery.ModuleSpec(module, loader=None)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
     facts = cli.provenance()
-    assert facts["command"] == "python train.py --out 'a run'"
+    assert facts["command"] == command
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", facts["date"]) and facts["device"]
     assert set(facts["versions"]) == {"python", "torch", "numpy", "triton"}
 
