@@ -193,9 +193,14 @@ def from_here(path):
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def typed(script, *arguments):
-    """The command line that runs a script of this project from the current folder, shell-quoted."""
-    return shlex.join([interpreter(), from_here((ROOT / script).absolute()), *map(str, arguments)])
+def typed(script, *arguments, ranks=1):
+    """The command line that runs a script of this project from the current folder, shell-quoted.
+
+    ranks above 1: on so many, by torchrun, which may not be on the PATH where its module is found.
+    """
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    script = from_here((ROOT / script).absolute())
+    return shlex.join([interpreter(), *launcher, script, *map(str, arguments)])
 
 
 def installing(package):
@@ -221,10 +226,11 @@ def provenance():
         cpus = (line.split(":")[1].strip() for line in read_lines("/proc/cpuinfo")
                 if line.startswith("model name"))
         device = f"{next(cpus, platform.processor())}, {torch.get_num_threads()} threads"
-    module = sys.modules["__main__"].__spec__                    # of python -m
+    module, ranks = sys.modules["__main__"].__spec__, os.environ.get("LOCAL_WORLD_SIZE", "1")
+    launcher = ["python"] if ranks == "1" else ["torchrun", "--nproc_per_node", ranks]
     program = ["-m", module.name] if module else [Path(sys.argv[0]).name]
     return {"date": time.strftime("%Y-%m-%d"),
-            "command": shlex.join(["python", *program, *sys.argv[1:]]),
+            "command": shlex.join([*launcher, *program, *sys.argv[1:]]),
             "commit": commit, "device": device,
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__, "triton": getattr(triton, "__version__", None)}}

@@ -62,7 +62,7 @@ def heeded(run):
         with redirect_stdout(screen):
             yield
     except Stopped:
-        command = typed("train.py", "--resume", "--out", run.out)
+        command = typed("train.py", "--resume", "--out", run.out, ranks=run.ranks)
         told = f"\nStopped, and saved. To go on:\n    {command}"
         print(told, file=screen, flush=True)
         if screen.lost:

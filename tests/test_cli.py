@@ -314,6 +314,8 @@ def test_a_command_is_as_short_as_it_can_be(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(python.parent))
     monkeypatch.chdir(HERE)
     assert cli.typed("train.py", "--resume") == "python train.py --resume"
+    assert cli.typed("train.py", "--resume", ranks=2) == (
+        "python -m torch.distributed.run --nproc_per_node 2 train.py --resume")
     monkeypatch.setenv("PATH", "/nowhere")
     assert cli.typed("train.py") == f"{python} train.py"
     monkeypatch.chdir(tmp_path)
@@ -323,11 +325,13 @@ def test_a_command_is_as_short_as_it_can_be(monkeypatch, tmp_path):
 
 # ------------------------------------------------------------------------ where a figure comes from
 
-@pytest.mark.parametrize("module, command", [
-    (None, "python train.py --out 'a run'"),
-    ("nanodmc.tool", "python -m nanodmc.tool --out 'a run'")])
-def test_provenance_names_what_stands_behind_a_figure(module, command, monkeypatch):
+@pytest.mark.parametrize("module, ranks, command", [
+    (None, 1, "python train.py --out 'a run'"),
+    (None, 2, "torchrun --nproc_per_node 2 train.py --out 'a run'"),
+    ("nanodmc.tool", 1, "python -m nanodmc.tool --out 'a run'")])
+def test_provenance_names_what_stands_behind_a_figure(module, ranks, command, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/a/folder/train.py", "--out", "a run"])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))                       # torchrun's own
     spec = module and importlib.machinery.ModuleSpec(module, loader=None)
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
     facts = cli.provenance()
