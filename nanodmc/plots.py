@@ -27,9 +27,12 @@ def save(figure, path, dpi):
 
 
 def as_label(name):
-    """The name of a file or of a model, as matplotlib may draw it: no formula, no odd character."""
-    text = str(name).encode("utf-8", "backslashreplace").decode()
-    return text.replace("$", r"\$")
+    """The name of a file or of a model, as matplotlib may draw it: no formula, no odd character.
+
+    A legend leaves out what begins with an underscore, so such a name gets a blank in front.
+    """
+    text = str(name).encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 # ---------------------------------------------------------------------------------------- a run

@@ -67,6 +67,16 @@ def test_a_benchmark_is_drawn_from_cr_1_with_all_peers_named(monkeypatch):
     assert len({line.get_linestyle() for line in axes.lines[2:]}) == 2
 
 
+@pytest.mark.parametrize("name", ["run", "_run", "__", "$x_1$", "a\udcffb"])
+def test_every_name_is_in_the_legend(name):
+    oracle("matplotlib")
+    axes = plots.new_figure(2, 2).subplots()
+    axes.plot([0, 1], label=plots.as_label(name))
+    (shown,) = axes.legend().get_texts()
+    assert shown.get_text().strip() == plots.as_label(name).strip()
+    axes.figure.draw_without_rendering()                         # a formula would be parsed
+
+
 def test_loss_against_memory_needs_no_control(finished, tmp_path):
     """Without one, the loss itself is drawn, and no gain over the model given is claimed."""
     oracle("matplotlib")
