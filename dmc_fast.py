@@ -536,7 +536,7 @@ class PagedCache(Pages):
         cos, sin = self.cos[age][:, :, None], self.sin[age][:, :, None]      # (B, 1, 1, D / 2)
         q, k = (dmc.rotate_heads(x, cos, sin, self.gain) for x in (q, k))
         self.write(layer, slot, running[..., None], k, v)
-        lengths.add_(appends)
+        lengths.add_(appends)                                    # only now: slot may be its view
         ages.add_(running)
         y = (self.strips.attend(layer, q, lengths) if self.strips else
              attend_pages(q, self.pool_k, self.pool_v, self.table[layer], lengths, self.room))

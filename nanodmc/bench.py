@@ -114,12 +114,18 @@ def bench_line(row):
     return "".join(cells)
 
 
+def random_shape(args, device):
+    """The name of the shape of the random weights to measure; None where there are real ones."""
+    if args.ckpt:
+        return None
+    return args.model or ("llama2-7b" if device == "cuda" else "toy")
+
+
 def bench_model(args, device):
     """The model to measure, its name, and texts(i, n): n token ids for sequence i."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rng = lambda i: torch.Generator().manual_seed(i)
-    if not args.ckpt:
-        name = args.model or ("llama2-7b" if device == "cuda" else "toy")
+    if name := random_shape(args, device):
         model = random_part(name, OPS["fast"], device, dtype)
         random = lambda i, n: torch.randint(model.config.vocab_size, (n,), generator=rng(i))
         return model, f"{name}, random weights", lambda i, n: random(i, n).tolist()
@@ -135,13 +141,16 @@ def bench_model(args, device):
     return load_part(folder, OPS["fast"], device, dtype), str(folder), texts
 
 
+FEWEST = 16                 # tokens to generate, over a part of which something can be measured
+
+
 def usual_lengths(positions, device, toy):
     """Tokens of a prompt, and to generate, where none are asked for, within a model's positions.
 
-    At least 1 and 16. The toy's are such that attention over the cache is what takes time.
+    At least 1 and FEWEST. The toy's are such that attention over the cache is what takes time.
     """
     prompt, count = (2048, 2048) if device == "cuda" else (4096 if toy else 1024, 256)
-    count = max(16, min(count, positions // 2))
+    count = max(FEWEST, min(count, positions // 2))
     return max(1, min(prompt, positions - count)), count
 
 
@@ -162,12 +171,12 @@ def benchmark(args, device):
     InputError.
     """
     path, ranks = args.out or Path("bench.json"), rank_count()
-    if args.tokens and args.tokens < 16:
-        raise InputError(f"--tokens {args.tokens} is too few to measure; give at least 16.")
+    if args.tokens and args.tokens < FEWEST:
+        raise InputError(f"--tokens {args.tokens} is too few to measure; give at least {FEWEST}.")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise InputError(f"{path} cannot be written; check --out.")
     model, name, texts = bench_model(args, device)
-    positions, toy = model.config.max_seq_len, not args.ckpt and args.model in (None, "toy")
+    positions, toy = model.config.max_seq_len, random_shape(args, device) == "toy"
     prompt, count = usual_lengths(positions, device, toy)
     prompts, count = args.prompt_tokens or [prompt], args.tokens or count
     if max(prompts) + count > positions:

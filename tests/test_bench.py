@@ -1,4 +1,4 @@
-"""Properties of nanodmc/bench.py: figure 5, throughput with and without compression."""
+"""Properties of bench.py and throughput.py: figure 5, with and without compression."""
 
 import json
 import os
@@ -212,7 +212,7 @@ def test_the_engine_is_no_slower_than_its_peers(measured):
     prompt, count = bench.usual_lengths(config.max_seq_len, "cpu", toy=True)
     model = checkpoint.random_model(config, dmc_fast, "cpu", torch.float32)
     made = throughput.Bench(model, prompt, count, bench.small_pool(config, prompt + count),
-                       lambda i, n: [i] * n)
+                            lambda i, n: [i] * n)
     case = cases.uncompressed(model)
     batch, steps = made.largest_batch(case), {name: [] for name in ("engine", *PEERS)}
     for _ in range(7):
